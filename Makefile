@@ -1,0 +1,47 @@
+# Whetstone: everything a person runs, from a fresh checkout with Python 3.11 and make.
+#   make demo [SERVE=1] [JSON=FILE]   a whole study, live, in a few minutes
+#   make test [T=tests/unit]          the test suite
+# TORCH_INDEX_URL=https://download.pytorch.org/whl/cu130 picks another index of torch builds.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := torch==2.13.0
+T ?= tests
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format bench clean
+
+help:
+	@sed -n '1,4s/^# \{0,1\}//p' Makefile
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "Setting up $(VENV) (about a minute the first time)"
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Whetstone needs Python 3.11 or newer; set PYTHON=python3.11")'
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install -qq $(TORCH) $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL))
+	@$(PIP) install -qq --constraint constraints.txt --editable '.[all]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@$(PIP) install -qq --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+install: $(VENV)/.installed  ## the virtual environment
+
+demo: $(VENV)/.installed
+	@$(BIN)/whetstone demo $(if $(JSON),--json $(JSON)) $(if $(SERVE),--serve)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(T)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .

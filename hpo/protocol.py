@@ -1,0 +1,162 @@
+"""The wire between a worker and the coordinator, and what the coordinator asks of a workload.
+
+Everything here is plain data: a worker imports this module without Optuna or SQLAlchemy. Floats are finite
+(NaN and infinities are refused at the edge); unknown keys are refused, so that a misspelt one is never lost.
+The one invariant: a lease is spoken for by its `token`, and a message with an older token changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from typing import Annotated, Any, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints
+
+from hpo.errors import Fault
+
+Value = float | int | str | bool
+Point = dict[str, Value | dict[str, Value]]
+"""Hyperparameters as people write them: ``{"eta": {"conv1": 0.01, ...}, "batch_pairs": 128}``."""
+
+MAX_WAIT_S = 20.0
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}$"
+WorkerName = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
+Text = Annotated[str, StringConstraints(max_length=500)]
+LongText = Annotated[str, StringConstraints(max_length=20_000)]
+
+
+class Wire(BaseModel):
+    """Base of all messages: immutable, strict about unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Workload(Protocol):
+    """What a coordinator that knows no convolution asks of the thing it tunes."""
+
+    def check(self, settings: Mapping[str, Any]) -> Sequence[Fault]:
+        """Name every fault of a study's `settings`; paths are relative to them (``net``, ``epochs``)."""
+
+    def feasible(self, point: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
+        """Say why this point can never be trained (no pixels left, an unknown hyperparameter), or None if it can."""
+
+
+class WorkerHello(Wire):
+    """A worker introduces itself and asks for a device of its own among those its machine has."""
+
+    worker: WorkerName
+    host: Text = ""
+    devices: list[Text] = Field(default_factory=list, max_length=64)
+    version: Text = ""
+    memory_bytes: int | None = Field(default=None, ge=0, lt=2**53)
+
+
+class WorkerPlace(Wire):
+    """The answer: the device that is this worker's until it goes silent, or None when all are taken."""
+
+    worker: str
+    device: str | None
+
+
+class ClaimRequest(Wire):
+    """A worker asks for work; the answer comes after at most `wait_s` seconds."""
+
+    worker: WorkerName
+    device: Text = ""
+    memory_bytes: int | None = Field(default=None, ge=0, lt=2**53)
+    version: Text = ""
+    wait_s: float = Field(default=0.0, ge=0.0, le=MAX_WAIT_S, allow_inf_nan=False)
+
+
+class AskRequest(Wire):
+    """A client that evaluates its own objective asks for one trial of one study."""
+
+    worker: WorkerName
+
+
+class Lease(Wire):
+    """A trial in a worker's hands, until `term_s` seconds pass without a report."""
+
+    lease: int
+    token: int
+    study: int
+    study_name: str
+    trial: int
+    attempt: int
+    workload: str
+    params: Point
+    settings: dict[str, Any]
+    seed: int
+    term_s: float
+    heartbeat_s: float
+    stall_s: float
+    artifacts: str
+    """Folder for this attempt's checkpoints, relative to the artifacts root. Made by the server."""
+    resume: str | None = None
+    """Folder of the earlier attempt that left a checkpoint, or None."""
+
+
+class EpochReport(Wire):
+    """What one epoch measured. `value` is the objective at that epoch (null when it is not finite)."""
+
+    epoch: int = Field(ge=0, le=2_000_000_000)
+    value: FiniteFloat | None = None
+    metrics: dict[Annotated[str, StringConstraints(min_length=1, max_length=64)], FiniteFloat | None] = Field(
+        default_factory=dict, max_length=64
+    )
+
+
+class ReportRequest(Wire):
+    """Progress and heartbeat in one: an empty `reports` only renews the lease."""
+
+    token: int
+    reports: list[EpochReport] = Field(default_factory=list, max_length=1000)
+    checkpoint_epoch: int | None = Field(default=None, ge=0, le=2_000_000_000)
+    """Epochs that the newest checkpoint on disk holds; null when there is none yet."""
+
+
+class Verdict(StrEnum):
+    """What a worker is to do with its trial."""
+
+    GO_ON = "go_on"
+    PRUNE = "prune"
+    STOP = "stop"
+    LOST = "lost"
+
+
+class ReportReply(Wire):
+    verdict: Verdict
+    reason: str = ""
+
+
+Outcome = Literal["complete", "infeasible", "pruned", "failed"]
+
+
+class TellRequest(Wire):
+    """The outcome of a trial. `value` is required for complete; for infeasible it is the chance level, where known."""
+
+    token: int
+    outcome: Outcome
+    value: FiniteFloat | None = None
+    reason: LongText = ""
+    traceback: Annotated[str, StringConstraints(max_length=100_000)] = ""
+    checkpoint_epoch: int | None = Field(default=None, ge=0, le=2_000_000_000)
+
+
+class TellReply(Wire):
+    study: int
+    trial: int
+    state: str
+    value: float | None
+
+
+ReleaseReason = Literal["shutdown", "stopped", "drained", "stalled"]
+
+
+class ReleaseRequest(Wire):
+    """A worker hands its trial back unfinished. "stalled" counts as a death, the others do not."""
+
+    token: int
+    reason: ReleaseReason
+    checkpoint_epoch: int | None = Field(default=None, ge=0, le=2_000_000_000)

@@ -1,0 +1,134 @@
+"""What the coordinator answers to people: read models of studies, trials, attempts and workers.
+
+They are shaped for JSON (ISO times in UTC, parameters nested by label) and are what `/api/v1` returns as it stands.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Generic, Literal, TypeVar
+
+from hpo.protocol import Point, Wire
+
+StudyState = Literal["running", "paused", "stopped", "finished"]
+TrialState = Literal["queued", "leased", "complete", "infeasible", "pruned", "failed", "cancelled"]
+TRIAL_STATES: tuple[TrialState, ...] = ("queued", "leased", "complete", "infeasible", "pruned", "failed", "cancelled")
+
+T = TypeVar("T")
+
+
+class Page(Wire, Generic[T]):
+    """One page of a list; `next` is the cursor of the following one, or null."""
+
+    items: list[T]
+    next: str | None = None
+
+
+class BudgetView(Wire):
+    trials: int | None
+    hours: float | None
+    target: float | None
+    trials_used: int
+    hours_used: float
+
+
+class TrialView(Wire):
+    """A trial as one row. `value` is null until it has one; `best_epoch` counts from 0."""
+
+    study: int
+    trial: int
+    state: TrialState
+    value: float | None
+    params: Point
+    origin: Literal["suggested", "queued", "recorded"]
+    reason: str
+    attempts: int
+    worker: str | None
+    epoch: int | None
+    """The last epoch reported by the current or last attempt."""
+    started_at: datetime | None
+    ended_at: datetime | None
+    seconds: float
+    """Wall time of all its attempts."""
+
+
+class MetricPoint(Wire):
+    attempt: int
+    epoch: int
+    value: float | None
+    metrics: dict[str, float | None]
+    at: datetime
+
+
+class AttemptView(Wire):
+    lease: int
+    attempt: int
+    state: str
+    worker: str | None
+    device: str
+    leased_at: datetime
+    renewed_at: datetime
+    ended_at: datetime | None
+    seconds: float
+    reason: str
+    traceback: str
+    artifacts: str
+    checkpoint_epoch: int | None
+    resumed_from: int | None
+    """Number of the attempt whose checkpoint this one began from, or null."""
+
+
+class TrialDetail(TrialView):
+    """A trial with its attempts and its learning curve. On an epoch trained twice the later attempt speaks."""
+
+    seed: int
+    history: list[AttemptView]
+    curve: list[MetricPoint]
+    checkpoint: str | None
+    """Folder with the best checkpoint, relative to the artifacts root, or null."""
+
+
+class StudyView(Wire):
+    study: int
+    name: str
+    description: str
+    state: StudyState
+    reason: str
+    """Why it is stopped or finished ("all 24 trials are done"), empty while it runs."""
+    workload: str
+    direction: Literal["maximize", "minimize"]
+    sampler: str
+    pruner: str
+    counts: dict[str, int]
+    """Number of trials in each state; every state is present."""
+    best: TrialView | None
+    budget: BudgetView
+    concurrency: int | None
+    notes: str
+    created_at: datetime
+    finished_at: datetime | None
+    spec: dict[str, Any]
+
+
+class ProgressPoint(Wire):
+    """One finished trial on the best-so-far chart, in order of finishing."""
+
+    trial: int
+    state: TrialState
+    value: float | None
+    best: float | None
+    ended_at: datetime
+
+
+class WorkerView(Wire):
+    worker: str
+    state: Literal["idle", "busy", "draining", "silent"]
+    host: str
+    device: str
+    memory_bytes: int | None
+    version: str
+    first_seen: datetime
+    last_seen: datetime
+    study: int | None
+    trial: int | None
+    trials_done: int
