@@ -1,0 +1,124 @@
+"""Faults, and the kinds of value a setting may have: what JSON or YAML gave us, checked before anybody relies on it.
+
+A `Kind` takes any object and returns (value, "") or (None, fault). It never raises, whatever it is given, and never
+repeats what it was given: an integer of a million digits or a lone surrogate must not travel on inside a message.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+Kind = Callable[[Any], tuple[Any, str]]
+_PLAIN = re.compile(r"[A-Za-z0-9_.\-\[\]]{1,64}")
+
+
+@dataclass(frozen=True, order=True)
+class Fault:
+    """One thing wrong with a document: `at` is a path into it (``net.conv[1].kernel``), `fault` a sentence."""
+
+    at: str
+    fault: str
+
+    def __str__(self) -> str:
+        return f"{self.at}: {self.fault}" if self.at else self.fault
+
+
+def key_path(key: object) -> str:
+    """A key as it may stand in a message: itself where it is a plain name, else only what kind of thing it is."""
+    return key if isinstance(key, str) and _PLAIN.fullmatch(key) else "(a key that is no plain name)"
+
+
+def suggestion(key: object, known: Iterable[str]) -> str:
+    """ "; did you mean ...?" where a known name is near, else nothing."""
+    near = difflib.get_close_matches(key, list(known), n=1) if isinstance(key, str) and len(key) <= 64 else []
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def show_type(value: object) -> str:
+    """The kind of a JSON value, in words."""
+    if isinstance(value, bool):
+        return "true or false"
+    names = {int: "an integer", float: "a number", str: "text", list: "a list", dict: "an object", type(None): "null"}
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def number(*, low: float | None = None, above: float | None = None, high: float | None = None) -> Kind:
+    """A finite number, at least `low` or greater than `above`, at most `high`."""
+    bounds = [f"at least {low:g}"] if low is not None else [f"greater than {above:g}"] if above is not None else []
+    bounds += [f"at most {high:g}"] if high is not None else []
+    rule = f"must be a number, {' and '.join(bounds)}" if bounds else "must be a number"
+
+    def kind(value: Any) -> tuple[Any, str]:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return None, f"{rule}, not {show_type(value)}{_text_number(value)}"
+        try:
+            real = float(value)
+        except OverflowError:
+            return None, f"{rule}; it is too large"
+        if not math.isfinite(real):
+            return None, f"{rule}, not NaN or infinity"
+        if (low is not None and real < low) or (above is not None and real <= above):
+            return None, f"{rule}; it is {real:g}"
+        if high is not None and real > high:
+            return None, f"{rule}; it is {real:g}"
+        return real, ""
+
+    return kind
+
+
+def integer(low: int, high: int) -> Kind:
+    """An integer from `low` to `high`; 128.0 is one, as JSON knows no difference."""
+    rule = f"must be an integer from {low:,} to {high:,}"
+
+    def kind(value: Any) -> tuple[Any, str]:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return None, f"{rule}, not {show_type(value)}{_text_number(value)}"
+        if isinstance(value, float) and not value.is_integer():  # NaN and infinities are no integers either
+            return None, f"{rule}; it is {value:g}"
+        if not low <= value <= high:
+            return None, f"{rule}; it is {'smaller' if value < low else 'larger'}"
+        return int(value), ""
+
+    return kind
+
+
+def boolean() -> Kind:
+    def kind(value: Any) -> tuple[Any, str]:
+        return (value, "") if isinstance(value, bool) else (None, f"must be true or false, not {show_type(value)}")
+
+    return kind
+
+
+def choice(*names: str) -> Kind:
+    rule = f"must be one of {', '.join(names)}"
+
+    def kind(value: Any) -> tuple[Any, str]:
+        if not isinstance(value, str):
+            return None, f"{rule}, not {show_type(value)}"
+        return (value, "") if value in names else (None, rule + suggestion(value, names))
+
+    return kind
+
+
+def optional(inner: Kind) -> Kind:
+    """`inner`, or null."""
+
+    def kind(value: Any) -> tuple[Any, str]:
+        if value is None:
+            return None, ""
+        result, fault = inner(value)
+        return result, f"{fault} (or null)" if fault else ""
+
+    return kind
+
+
+def _text_number(value: Any) -> str:
+    """YAML 1.1 reads 1e-4 as text: say so, for whoever wrote it meant a number."""
+    if isinstance(value, str) and len(value) <= 32 and re.fullmatch(r"[+-]?[0-9.]+[eE][+-]?[0-9]+", value):
+        return " (YAML takes 1e-4 for text: write 1.0e-4)"
+    return ""
