@@ -15,6 +15,10 @@ SCHEMA = "whetstone"
 metadata = sa.MetaData(schema=SCHEMA)
 _now = sa.text("clock_timestamp()")
 
+# Optuna's tables, as far as ours refer to them: Optuna makes and migrates them.
+_optuna_studies = sa.Table("studies", metadata, sa.Column("study_id", sa.Integer, primary_key=True), schema="public")
+_optuna_trials = sa.Table("trials", metadata, sa.Column("trial_id", sa.Integer, primary_key=True), schema="public")
+
 
 def _moment(name: str, *, nullable: bool = False, default: bool = False) -> sa.Column[sa.DateTime]:
     return sa.Column(name, sa.DateTime(timezone=True), nullable=nullable, server_default=_now if default else None)
@@ -33,7 +37,7 @@ studies = sa.Table(
     sa.Column("budget_hours", sa.Double),
     sa.Column("budget_target", sa.Double),
     sa.Column("concurrency", sa.Integer),
-    sa.Column("max_attempts", sa.Integer, nullable=False, server_default="3"),
+    sa.Column("max_attempts", sa.Integer, nullable=False, server_default=sa.text("3")),
     sa.Column("notes", sa.Text, nullable=False, server_default=""),
     _moment("created_at", default=True),
     _moment("finished_at", nullable=True),
@@ -111,6 +115,7 @@ revisions = sa.Table(
     sa.Column("what", sa.Text, nullable=False),
     _moment("at", default=True),
     sa.Index("revisions_study", "study_id", "revision_id"),
+    sa.Index("revisions_trial", "trial_id"),  # deleting a study deletes its trials, each looking here
 )
 
 tokens = sa.Table(

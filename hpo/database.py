@@ -1,0 +1,324 @@
+"""The one way to PostgreSQL: addresses, transactions that a thread shares, retries, and the schema's version.
+
+Invariant: whatever runs inside `transaction(engine)` on one thread commits together or not at all, however deep it is
+nested. A lost server is one error, `DatabaseUnavailable`, of one line and without the password.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+
+from hpo.errors import DatabaseUnavailable, WhetstoneError
+from hpo.tables import SCHEMA
+
+T = TypeVar("T")
+
+_RETRIABLE = {"40001", "40P01"}  # serialization failure, deadlock: PostgreSQL rolled the whole transaction back
+_SHUTTING_DOWN = {"57P01", "57P02", "57P03"}
+_UPGRADE_LOCK = 0x77686574  # one upgrade at a time on a database
+
+
+class CommitUnknown(DatabaseUnavailable):
+    """The connection was lost while committing: the transaction may have been stored or not."""
+
+    code = "commit_unknown"
+
+
+class DatabaseTooNew(WhetstoneError):
+    """A newer Whetstone or Optuna has upgraded this database; this one would misread it."""
+
+    code = "database_too_new"
+
+
+def connect(url: str, *, pool_size: int = 10, max_overflow: int = 40, connect_timeout_s: int = 5) -> Engine:
+    """An engine for a PostgreSQL address (``postgres://``, ``postgresql://`` or with ``+psycopg2``). Opens no connection.
+
+    Raises `DatabaseUnavailable` where the address is none of these.
+    """
+    engine = sa.create_engine(
+        normalise(url),
+        pool_pre_ping=True,
+        pool_size=pool_size,
+        max_overflow=max_overflow,
+        pool_timeout=30.0,
+        connect_args={"connect_timeout": connect_timeout_s, "application_name": "whetstone"},
+    )
+    event.listen(engine, "connect", _at_home)
+    return engine
+
+
+def normalise(url: str) -> URL:
+    """The address with the driver we use. Raises `DatabaseUnavailable`, never repeating the address."""
+    try:
+        parsed = make_url(url.strip())
+    except (ArgumentError, ValueError):
+        parsed = None
+    names = ("postgres", "postgresql", "postgresql+psycopg2")
+    if parsed is None or parsed.drivername not in names:
+        raise DatabaseUnavailable(
+            "DATABASE_URL is no PostgreSQL address: expected postgresql://user:password@host/database"
+        )
+    return parsed.set(drivername="postgresql+psycopg2")
+
+
+def _at_home(connection: Any, _record: Any) -> None:
+    """Optuna's unqualified names mean schema public, also for a user called like our schema (`"$user"` comes first)."""
+    connection.autocommit = True
+    with connection.cursor() as cursor:
+        cursor.execute("SET SESSION search_path TO public")
+    connection.autocommit = False
+
+
+class _Open(threading.local):
+    """The transactions this thread has open, one an engine."""
+
+    def __init__(self) -> None:
+        self.by_engine: dict[int, _Transaction] = {}
+
+
+class _Transaction:
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.doomed = False
+
+
+_open = _Open()
+
+
+@contextlib.contextmanager
+def transaction(engine: Engine) -> Iterator[Connection]:
+    """Open a transaction, or join the one this thread has open on this engine. It commits at the outermost exit.
+
+    An exception that leaves any block rolls all back: where an outer block swallows it, the outermost exit raises
+    RuntimeError instead of committing half. Raises `DatabaseUnavailable` when PostgreSQL does not answer or is lost,
+    `CommitUnknown` when it is lost at the commit.
+    """
+    joined = _open.by_engine.get(id(engine))
+    if joined is not None:
+        try:
+            yield joined.connection
+        except BaseException:
+            joined.doomed = True
+            raise
+        return
+    with _translated(engine):
+        connection = engine.connect()
+    with contextlib.closing(connection), _translated(engine):
+        opened = _open.by_engine[id(engine)] = _Transaction(connection)
+        begun = connection.begin()
+        try:
+            yield connection
+            if opened.doomed:
+                raise RuntimeError("a nested transaction failed and its error was swallowed: nothing was committed")
+        except BaseException:
+            with contextlib.suppress(DBAPIError):
+                begun.rollback()
+            raise
+        finally:
+            del _open.by_engine[id(engine)]
+        try:
+            begun.commit()
+        except DBAPIError as error:
+            if _lost(error):
+                raise CommitUnknown(_unavailable(engine, "lost at the commit", error)) from error
+            raise
+
+
+def in_transaction(engine: Engine) -> bool:
+    """Whether this thread has a transaction open on this engine."""
+    return id(engine) in _open.by_engine
+
+
+def retrying(engine: Engine, work: Callable[[Connection], T], *, attempts: int = 5, idempotent: bool = False) -> T:
+    """Run `work` in a transaction, again after a deadlock, a serialization failure or a connection lost before the commit.
+
+    A connection lost at the commit leaves the outcome unknown: only `idempotent` work is run again then. Inside an open
+    transaction it runs once, since only the owner of the whole can repeat it.
+    """
+    if in_transaction(engine):
+        with transaction(engine) as connection:
+            return work(connection)
+    for attempt in range(1, attempts + 1):
+        try:
+            with transaction(engine) as connection:
+                return work(connection)
+        except DBAPIError as error:
+            if attempt == attempts or getattr(error.orig, "pgcode", None) not in _RETRIABLE:
+                raise
+        except DatabaseUnavailable as error:
+            if attempt == attempts or (isinstance(error, CommitUnknown) and not idempotent):
+                raise
+        time.sleep(random.uniform(0.5, 1.0) * min(0.02 * 3**attempt, 1.0))
+    raise AssertionError("unreachable")
+
+
+def now(connection: Connection) -> datetime:
+    """PostgreSQL's clock at this very moment (not the transaction's start): read it after taking the lock."""
+    moment: datetime = connection.execute(sa.select(sa.func.clock_timestamp())).scalar_one()
+    return moment
+
+
+def ping(engine: Engine) -> None:
+    """One round trip. Raises `DatabaseUnavailable`."""
+    with transaction(engine) as connection:
+        connection.execute(sa.text("SELECT 1"))
+
+
+@contextlib.contextmanager
+def _translated(engine: Engine) -> Iterator[None]:
+    try:
+        yield
+    except DBAPIError as error:
+        if _lost(error):
+            raise DatabaseUnavailable(_unavailable(engine, "does not answer", error)) from error
+        raise
+
+
+def _lost(error: DBAPIError) -> bool:
+    code = getattr(error.orig, "pgcode", None)
+    if error.connection_invalidated or code in _SHUTTING_DOWN or (code or "").startswith("08"):
+        return True
+    # libpq's own failures (refused, timed out, wrong password) come without a code.
+    return isinstance(error, OperationalError) and code is None
+
+
+def _unavailable(engine: Engine, how: str, error: DBAPIError) -> str:
+    url = engine.url
+    host = url.host or url.query.get("host") or "the local socket"
+    place = f"{host}:{url.port}" if url.port else host
+    lines = [line.strip() for line in str(error.orig).splitlines() if line.strip()]
+    detail = lines[0] if lines else type(error.orig).__name__
+    if url.password:
+        detail = detail.replace(str(url.password), "***")
+    return f"PostgreSQL at {place} {how}: {detail}"
+
+
+# The schema: Optuna's tables by Optuna, ours by our Alembic history, one upgrade at a time.
+
+SchemaState = Literal["empty", "old", "current", "new"]
+
+
+def upgrade(engine: Engine) -> None:
+    """Bring the database to this code's version: Optuna's stock tables, the schema `whetstone`, our indexes. Repeatable.
+
+    Two at once wait for each other. Raises `DatabaseTooNew` before anything is touched, `DatabaseUnavailable`.
+    """
+    with _translated(engine), engine.connect() as guard:
+        guard.execution_options(isolation_level="AUTOCOMMIT")
+        guard.execute(sa.text("SELECT pg_advisory_lock(:key)"), {"key": _UPGRADE_LOCK})
+        try:
+            _refuse_newer(engine)
+            _keep_public_first(guard)
+            _upgrade_optuna(engine)
+            _upgrade_ours(engine)
+        finally:
+            with contextlib.suppress(DBAPIError):
+                guard.execute(sa.text("SELECT pg_advisory_unlock(:key)"), {"key": _UPGRADE_LOCK})
+
+
+def check(engine: Engine) -> SchemaState:
+    """How the database stands to this code: "empty", "old" (run ``whetstone db upgrade``), "current" or "new"."""
+    ours, optunas = _our_scripts(), _optuna_scripts()
+    with transaction(engine) as connection:
+        here = {SCHEMA: _revision(connection, SCHEMA), "public": _revision(connection, "public")}
+    states = []
+    for schema, scripts in ((SCHEMA, ours), ("public", optunas)):
+        revision = here[schema]
+        known = {script.revision for script in scripts.walk_revisions()}
+        if revision is None:
+            states.append("empty")
+        elif revision not in known:
+            states.append("new")
+        else:
+            states.append("current" if revision == scripts.get_current_head() else "old")
+    if "new" in states:
+        return "new"
+    if states == ["empty", "empty"]:
+        return "empty"
+    return "current" if states == ["current", "current"] else "old"
+
+
+def _refuse_newer(engine: Engine) -> None:
+    if check(engine) == "new":
+        raise DatabaseTooNew(
+            "the database was upgraded by a newer Whetstone or Optuna than this one: "
+            "install that version, or set DATABASE_URL to another database"
+        )
+
+
+def _revision(connection: Connection, schema: str) -> str | None:
+    table = connection.execute(sa.text("SELECT to_regclass(:name)"), {"name": f"{schema}.alembic_version"}).scalar()
+    if table is None:
+        return None
+    revision: str | None = connection.execute(
+        sa.select(sa.column("version_num")).select_from(sa.table("alembic_version", schema=schema))
+    ).scalar()
+    return revision
+
+
+def _keep_public_first(connection: Connection) -> None:
+    """For stock Optuna too: a user called like our schema would find our `studies` before Optuna's."""
+    user, database = connection.execute(sa.text("SELECT current_user, current_database()")).one()
+    if user == SCHEMA:
+        quote = connection.dialect.identifier_preparer.quote_identifier
+        connection.execute(sa.text(f"ALTER ROLE {quote(user)} IN DATABASE {quote(database)} SET search_path TO public"))
+
+
+def _upgrade_optuna(engine: Engine) -> None:
+    from optuna.storages import RDBStorage
+
+    # Its migrations open connections of their own from the address, so the search path travels in it.
+    given = engine.url.query.get("options", "")
+    options = " ".join([*([given] if isinstance(given, str) else given), "-csearch_path=public"]).strip()
+    url = engine.url.update_query_dict({"options": options}).render_as_string(hide_password=False)
+    storage = RDBStorage(url, skip_compatibility_check=True, engine_kwargs={"poolclass": sa.NullPool})
+    try:
+        if storage.get_current_version() != storage.get_head_version():
+            storage.upgrade()
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
+
+
+def _upgrade_ours(engine: Engine) -> None:
+    from alembic import command
+
+    with engine.begin() as connection:
+        connection.execute(sa.text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
+        config = _config()
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+
+
+def _config() -> Any:
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    return config
+
+
+def _our_scripts() -> Any:
+    from alembic.script import ScriptDirectory
+
+    return ScriptDirectory.from_config(_config())
+
+
+def _optuna_scripts() -> Any:
+    from alembic.script import ScriptDirectory
+    from optuna.storages import _rdb
+
+    return ScriptDirectory(str(Path(_rdb.__file__).parent / "alembic"))

@@ -1,0 +1,106 @@
+"""PostgreSQL for the tests: a real server for each test process, and a fresh migrated database for each test.
+
+The server is the embedded one, in a temporary folder, unless WHETSTONE_TEST_DATABASE_URL names another (whose user may
+create databases). It starts with the first test that asks for it.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One computing thread a test process: the suite runs in several."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+
+
+@pytest.fixture(scope="session")
+def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a server where databases may be made; nothing in it outlives the test process."""
+    given = os.environ.get("WHETSTONE_TEST_DATABASE_URL")
+    if given:
+        yield given
+        return
+    from hpo.embedded import EmbeddedPostgres
+
+    # What the tests write need not survive a power cut.
+    fast = {"fsync": "off", "full_page_writes": "off", "synchronous_commit": "off", "max_connections": "200"}
+    with EmbeddedPostgres(Path(tmp_path_factory.mktemp("postgres")), settings=fast) as server:
+        yield server.url
+
+
+@pytest.fixture(scope="session")
+def _template(postgres_server: str) -> Iterator[str]:
+    """The name of a migrated, empty database that the others are copied from."""
+    from hpo import database
+
+    with _made(postgres_server) as name:
+        engine = database.connect(_named(postgres_server, name))
+        database.upgrade(engine)
+        engine.dispose()
+        yield name
+
+
+@pytest.fixture
+def postgres_url(postgres_server: str, _template: str) -> Iterator[str]:
+    """The URL of a fresh, migrated database of this test's own."""
+    with _made(postgres_server, _template) as name:
+        yield _named(postgres_server, name)
+
+
+@pytest.fixture
+def empty_url(postgres_server: str) -> Iterator[str]:
+    """The URL of a database with nothing in it."""
+    with _made(postgres_server) as name:
+        yield _named(postgres_server, name)
+
+
+@pytest.fixture
+def engine(postgres_url: str) -> Iterator[object]:
+    """An engine on a fresh, migrated database of this test's own."""
+    from hpo import database
+
+    made = database.connect(postgres_url)
+    yield made
+    made.dispose()
+
+
+class _made:
+    """A database that exists for as long as the block runs."""
+
+    def __init__(self, server: str, template: str = "template0") -> None:
+        self.server = server
+        self.template = template
+        self.name = f"whetstone_test_{uuid.uuid4().hex[:16]}"
+
+    def __enter__(self) -> str:
+        # Copying files is quicker than logging each page where nothing waits for a disk.
+        self._run(f'CREATE DATABASE "{self.name}" TEMPLATE "{self.template}" STRATEGY file_copy')
+        return self.name
+
+    def __exit__(self, *_: object) -> None:
+        self._run(f'DROP DATABASE IF EXISTS "{self.name}" WITH (FORCE)')
+
+    def _run(self, statement: str) -> None:
+        import sqlalchemy as sa
+
+        from hpo import database
+
+        engine = database.connect(self.server)
+        try:
+            with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+                connection.execute(sa.text(statement))
+        finally:
+            engine.dispose()
+
+
+def _named(server: str, name: str) -> str:
+    from hpo import database
+
+    return database.normalise(server).set(database=name).render_as_string(hide_password=False)
