@@ -1,0 +1,62 @@
+"""Random affine distortions of training images (Koch et al. 2015, section 3.3).
+
+Promise: rotation, shear, scale and translation, in the paper's ranges, each component present with probability 1/2, drawn
+for every image by itself; outside of the picture is paper. Translation is given in pixels of the paper's 105 and shrinks
+with the image. All images of a batch go through one call of `grid_sample`, wherever they live.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ROTATION = math.radians(10.0)
+SHEAR = 0.3
+SCALE = 0.2
+TRANSLATION = 2.0 / 105.0
+"""Of the image's side: 2 pixels at 105."""
+
+
+def clean(images: Tensor) -> Tensor:
+    """What a network sees of an undistorted image: uint8 (B, S, S) to float32 (B, 1, S, S) in [0, 1], ink 1."""
+    return images.to(torch.float32).div_(255.0).unsqueeze(1)
+
+
+def distort(images: Tensor, generator: torch.Generator) -> Tensor:
+    """A distorted copy of each image: uint8 (B, S, S) to float32 (B, 1, S, S) in [0, 1], on the images' device.
+
+    The numbers are drawn on the generator's device, so one CPU generator gives the same distortions everywhere.
+    """
+    matrix = draw_matrices(images.shape[0], generator).to(images.device)
+    pixels = clean(images)
+    grid = F.affine_grid(matrix, list(pixels.shape), align_corners=False)
+    return F.grid_sample(pixels, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def draw_matrices(count: int, generator: torch.Generator) -> Tensor:
+    """(count, 2, 3) float32: for each image the map from where a pixel lands to where it comes from.
+
+    Coordinates are those of `affine_grid`: the picture spans [-1, 1], its middle is 0. A point p goes to
+    R(angle) H(shear) S(scale) p + t; the map given is the inverse.
+    """
+    where = generator.device
+    # (7, B): angle, shear x and y, scale x and y, translation x and y.
+    spread = torch.tensor([ROTATION, SHEAR, SHEAR, SCALE, SCALE, 2 * TRANSLATION, 2 * TRANSLATION], device=where)
+    uniform = torch.rand(7, count, generator=generator, device=where) * 2 - 1
+    present = torch.rand(7, count, generator=generator, device=where) < 0.5
+    angle, shear_x, shear_y, scale_x, scale_y, move_x, move_y = (uniform * spread[:, None] * present).unbind()
+
+    cos, sin = angle.cos(), angle.sin()
+    a, b = 1 + scale_x, shear_x * (1 + scale_y)  # H S, by rows: [1, hx; hy, 1] [sx, 0; 0, sy]
+    c, d = shear_y * (1 + scale_x), 1 + scale_y
+    m00, m01 = cos * a - sin * c, cos * b - sin * d
+    m10, m11 = sin * a + cos * c, sin * b + cos * d
+    # Never singular: det = sx sy (1 - hx hy) >= 0.8 * 0.8 * 0.91.
+    det = m00 * m11 - m01 * m10
+    i00, i01, i10, i11 = m11 / det, -m01 / det, -m10 / det, m00 / det
+    t0 = -(i00 * move_x + i01 * move_y)
+    t1 = -(i10 * move_x + i11 * move_y)
+    return torch.stack([torch.stack([i00, i01, t0], 1), torch.stack([i10, i11, t1], 1)], 1)

@@ -1,0 +1,106 @@
+"""Drawings of characters as one tensor, and the three parts of a data set.
+
+Promise: every character of a `Drawings` was drawn once by each of the same number of people, 255 is ink and 0 is paper.
+Invariant: the flat index of a drawing is ``c * D + d`` (character c, drawer d): pairs and episodes speak in flat indices,
+so that whole batches are gathered by one indexing operation wherever the tensor lives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+INK = 255
+
+
+class DataError(Exception):
+    """A data file is missing, damaged, or too small for what was asked. One line: what, what was expected, what to do."""
+
+
+@dataclass(frozen=True, eq=False)
+class Drawings:
+    """Characters drawn by several people.
+
+    images      (C, D, S, S) uint8, 255 = ink, 0 = paper
+    alphabet    (C,) int64, index into `alphabets`
+    alphabets   names
+    characters  (C) names, ``Latin/character01``
+    """
+
+    images: Tensor
+    alphabet: Tensor
+    alphabets: tuple[str, ...]
+    characters: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        count, drawers, height, width = self.images.shape
+        assert self.images.dtype == torch.uint8, self.images.dtype
+        assert height == width, (height, width)
+        assert drawers > 0, drawers
+        assert len(self.characters) == count == self.alphabet.shape[0], (len(self.characters), self.alphabet.shape)
+
+    def __len__(self) -> int:
+        """Number of drawings, C * D."""
+        return self.images.shape[0] * self.images.shape[1]
+
+    @property
+    def flat(self) -> Tensor:
+        """(C * D, S, S), a view where the memory allows it: drawing ``c * D + d``."""
+        return self.images.flatten(0, 1)
+
+    @property
+    def drawers(self) -> int:
+        """D, the number of people."""
+        return self.images.shape[1]
+
+    @property
+    def size(self) -> int:
+        """S, the side of an image in pixels."""
+        return self.images.shape[-1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.images.device
+
+    def to(self, device: torch.device | str) -> Drawings:
+        """The same drawings on `device`; no copy where they are there already."""
+        return Drawings(self.images.to(device), self.alphabet.to(device), self.alphabets, self.characters)
+
+    def select(self, *, alphabets: Sequence[str] | None = None, drawers: Sequence[int] | None = None) -> Drawings:
+        """Only these alphabets (by name, in the order given) and drawers (counted from 0). Raises DataError for a name unknown here."""
+        images, alphabet, names, characters = self.images, self.alphabet, self.alphabets, self.characters
+        if alphabets is not None:
+            unknown = [name for name in alphabets if name not in names]
+            if unknown:
+                raise DataError(f"no alphabet named {', '.join(unknown)}; there are {', '.join(names)}")
+            rows = [(alphabet == names.index(name)).nonzero().flatten() for name in alphabets]
+            keep = torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64, device=alphabet.device)
+            alphabet = torch.cat([torch.full_like(row, i) for i, row in enumerate(rows)]) if rows else keep
+            names = tuple(alphabets)
+            characters = tuple(characters[c] for c in keep.tolist())
+            images = images[keep]
+        if drawers is not None:
+            beyond = [d for d in drawers if not 0 <= d < self.drawers]
+            if beyond or not drawers:
+                raise DataError(f"drawers {list(drawers)} were asked for; there are 0 to {self.drawers - 1}")
+            images = images[:, list(drawers)]
+        return Drawings(images.contiguous(), alphabet, names, characters)
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Three parts that share neither alphabets (background against evaluation) nor drawers (Koch et al. 2015, section 3.1)."""
+
+    train: Drawings
+    validation: Drawings
+    test: Drawings
+    name: Literal["omniglot", "strokes"]
+    size: int
+
+    def to(self, device: torch.device | str) -> Dataset:
+        """The same data set on `device`."""
+        return Dataset(self.train.to(device), self.validation.to(device), self.test.to(device), self.name, self.size)

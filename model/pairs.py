@@ -1,0 +1,71 @@
+"""Training pairs, drawn by the batch.
+
+Promise: in every batch half of the pairs (the larger half, if the batch is odd) show the same character, drawn by two
+different people; the others show two different characters, also by two different people, so that the hand gives nothing
+away. Alphabets are drawn uniformly, then characters within them (Koch et al. 2015, section 3.1), so a large alphabet
+does not drown a small one. Same and different pairs alternate, so that any prefix of a batch holds both kinds.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from model.drawings import DataError, Drawings
+
+
+class PairSampler:
+    """Draws batches of pairs from `drawings`; with `same_alphabet` the different pairs stay within one alphabet.
+
+    Raises DataError where the drawings cannot give such pairs, ValueError for a batch of fewer than two pairs.
+    """
+
+    def __init__(self, drawings: Drawings, batch: int, same_alphabet: bool = True) -> None:
+        if batch < 2:
+            raise ValueError(f"a batch holds at least 2 pairs, one same and one different; got {batch}")
+        if drawings.drawers < 2:
+            raise DataError("pairs need drawings by at least 2 people")
+        self.batch = batch
+        self.same_alphabet = same_alphabet
+        self.drawers = drawings.drawers
+        self.device = drawings.device
+        alphabet = drawings.alphabet.cpu()
+        sizes = torch.bincount(alphabet, minlength=len(drawings.alphabets))
+        order = torch.argsort(alphabet, stable=True)
+        starts = torch.cumsum(sizes, 0) - sizes
+        usable = (sizes >= (2 if same_alphabet else 1)).nonzero().flatten()
+        if len(usable) == 0 or int(sizes.sum()) < 2:
+            raise DataError("pairs need at least 2 characters" + (" in one alphabet" if same_alphabet else ""))
+        self._order, self._sizes, self._starts = order, sizes[usable], starts[usable]
+
+    def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """One batch: flat indices `first` (B,) and `second` (B,), and `same` (B,) float32, 1 or 0, on the drawings' device."""
+        where = generator.device
+        order, sizes, starts = self._order.to(where), self._sizes.to(where), self._starts.to(where)
+        # One call for all the randomness of a batch: alphabet, first and second character, first and second drawer.
+        chance = torch.rand(5, self.batch, generator=generator, device=where, dtype=torch.float64)
+        same = torch.arange(self.batch, device=where) % 2 == 0
+
+        alphabet = _below(chance[0], len(sizes))
+        size, start = sizes[alphabet], starts[alphabet]
+        position = _below(chance[1], size)
+        first = order[start + position]
+        if self.same_alphabet:
+            other = order[start + (position + 1 + _below(chance[2], size - 1)) % size]
+        else:
+            count = len(order)
+            other = order[(start + position + 1 + _below(chance[2], count - 1)) % count]
+        second = torch.where(same, first, other)
+
+        hand = _below(chance[3], self.drawers)
+        other_hand = (hand + 1 + _below(chance[4], self.drawers - 1)) % self.drawers
+        return (
+            (first * self.drawers + hand).to(self.device),
+            (second * self.drawers + other_hand).to(self.device),
+            same.to(torch.float32).to(self.device),
+        )
+
+
+def _below(chance: Tensor, bound: Tensor | int) -> Tensor:
+    """Integers in [0, bound) from uniform numbers in [0, 1); float64 cannot round up to the bound at these sizes."""
+    return (chance * bound).long()
