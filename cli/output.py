@@ -1,0 +1,103 @@
+"""How the command line speaks: tables for people, JSON for pipes, one clear line for an error.
+
+Results go to stdout and everything else to stderr, so that a pipe sees only what was asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+STATE_STYLE = {
+    "running": "cyan",
+    "leased": "cyan",
+    "complete": "green",
+    "finished": "green",
+    "paused": "yellow",
+    "queued": "yellow",
+    "pruned": "blue",
+    "infeasible": "magenta",
+    "failed": "red",
+    "stopped": "red",
+    "cancelled": "bright_black",
+}
+
+
+def print_json(value: Any) -> None:
+    """Write one JSON document to stdout."""
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def say(message: str) -> None:
+    """A line for the person at the terminal, on stderr."""
+    err.print(escape(message), soft_wrap=True)
+
+
+def state(name: str) -> str:
+    return f"[{STATE_STYLE.get(name, 'default')}]{escape(name)}[/]"
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}%"
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    return "-" if value is None else f"{value:.{digits}g}"
+
+
+def value_of(trial: Mapping[str, Any] | None, workload: str = "") -> str:
+    """A trial's value: accuracies as per cent, other objectives as they are."""
+    value = None if trial is None else trial.get("value")
+    return percent(value) if workload == "siamese" else number(value, 6)
+
+
+def seconds(value: float | None) -> str:
+    if value is None:
+        return "-"
+    whole = round(value)
+    if whole >= 3600:
+        return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+    if whole >= 60:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    return f"{value:.1f}s" if value < 10 else f"{whole}s"
+
+
+def table(title: str | None, columns: Iterable[str | tuple[str, str]], rows: Iterable[Iterable[str]]) -> Table:
+    """A table; a column given as (name, "right") is right-aligned. Cells may hold rich markup."""
+    made = Table(title=title, title_justify="left", header_style="bold", box=None, padding=(0, 2, 0, 0))
+    for column in columns:
+        name, justify = (column, "left") if isinstance(column, str) else column
+        made.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+def parameter_table(params: Mapping[str, Any], title: str | None = None) -> Table:
+    """Hyperparameters by layer: a row for each label, a column for each vector; scalars stand under "all"."""
+    vectors = {name: value for name, value in params.items() if isinstance(value, dict)}
+    scalars = {name: value for name, value in params.items() if not isinstance(value, dict)}
+    labels = list(dict.fromkeys(label for value in vectors.values() for label in value))
+    columns: list[str | tuple[str, str]] = ["", *((name, "right") for name in (*vectors, *scalars))]
+    rows = [
+        [label, *(show(value.get(label)) for value in vectors.values()), *("" for _ in scalars)] for label in labels
+    ]
+    if scalars:
+        rows.append(["all", *("" for _ in vectors), *(show(value) for value in scalars.values())])
+    return table(title, columns, rows)
+
+
+def show(value: Any) -> str:
+    """One hyperparameter, short: three significant digits for floats, everything else as it is."""
+    if value is None:
+        return ""
+    return f"{value:.3g}" if isinstance(value, float) else escape(str(value))

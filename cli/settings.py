@@ -1,0 +1,102 @@
+"""The settings of one process, read from the environment once, in `main()`, and passed down.
+
+Empty variables count as unset, so that a compose file may pass them all on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AliasChoices, BeforeValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from hpo.errors import Fault, Invalid
+
+EmptyIsNone = BeforeValidator(lambda value: None if value == "" else value)
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+def _env(name: str) -> AliasChoices:
+    return AliasChoices(name)
+
+
+class Settings(BaseSettings):
+    """Every variable that Whetstone reads. docs/settings.md lists the same, and a test compares the two."""
+
+    model_config = SettingsConfigDict(env_ignore_empty=True, extra="ignore", populate_by_name=True)
+
+    database_url: str | None = Field(None, validation_alias=_env("DATABASE_URL"))
+    data: Path | None = Field(None, validation_alias=_env("WHETSTONE_DATA"))
+    home: Path = Field(Path("~/.local/share/whetstone"), validation_alias=_env("WHETSTONE_HOME"))
+    artifacts: str | None = Field(None, validation_alias=_env("WHETSTONE_ARTIFACTS"))
+    url: Annotated[str | None, EmptyIsNone] = Field(None, validation_alias=_env("WHETSTONE_URL"))
+    token: Annotated[str | None, EmptyIsNone] = Field(None, validation_alias=_env("WHETSTONE_TOKEN"), repr=False)
+
+    host: str = Field("127.0.0.1", validation_alias=_env("WHETSTONE_HOST"))
+    port: int = Field(8000, ge=0, le=65535, validation_alias=_env("WHETSTONE_PORT"))
+    public_url: str | None = Field(None, validation_alias=_env("WHETSTONE_PUBLIC_URL"))
+    admin_token: str | None = Field(None, min_length=16, validation_alias=_env("WHETSTONE_ADMIN_TOKEN"), repr=False)
+    worker_token: str | None = Field(None, min_length=16, validation_alias=_env("WHETSTONE_WORKER_TOKEN"), repr=False)
+    wait_s: float = Field(0.0, ge=0, le=3600, validation_alias=_env("WHETSTONE_WAIT_S"))
+    term_s: float = Field(30.0, ge=0.2, le=3600, validation_alias=_env("WHETSTONE_LEASE_TERM_S"))
+    heartbeat_s: float = Field(10.0, ge=0.05, le=1200, validation_alias=_env("WHETSTONE_HEARTBEAT_S"))
+    stall_s: float = Field(600.0, ge=1, le=86400, validation_alias=_env("WHETSTONE_STALL_S"))
+
+    @property
+    def home_dir(self) -> Path:
+        return self.home.expanduser().absolute()
+
+    @property
+    def data_root(self) -> Path:
+        """WHETSTONE_DATA, or HOME/data."""
+        return self.data.expanduser().absolute() if self.data else self.home_dir / "data"
+
+    @property
+    def artifacts_root(self) -> str:
+        """A directory, or an fsspec URL."""
+        return self.artifacts or str(self.home_dir / "artifacts")
+
+
+def load(**overrides: object) -> Settings:
+    """Read the environment. Raises `Invalid` that names each variable that is wrong, never its value."""
+    try:
+        settings = Settings(**{name: value for name, value in overrides.items() if value is not None})  # type: ignore[arg-type]
+    except ValidationError as error:
+        faults = [Fault(at=str(e["loc"][0]), fault=e["msg"]) for e in error.errors(include_input=False)]
+        raise Invalid(faults, "the environment") from None
+    if settings.heartbeat_s * 2 > settings.term_s:
+        raise Invalid(
+            [Fault("WHETSTONE_HEARTBEAT_S", "must be at most half of WHETSTONE_LEASE_TERM_S, or leases run out")],
+            "the environment",
+        )
+    return settings
+
+
+def server_note(home: Path) -> Path:
+    """Where a running `whetstone serve` leaves its address and token for commands of the same user."""
+    return home / "server.json"
+
+
+def address(settings: Settings, url: str | None = None, token: str | None = None) -> tuple[str, str]:
+    """URL and token to talk to: the options, the environment, or the server that runs in the same home.
+
+    Raises `Invalid` where there is no token to be found.
+    """
+    noted: dict[str, str] = {}
+    note = server_note(settings.home_dir)
+    try:
+        noted = json.loads(note.read_text())
+        os.kill(int(noted["pid"]), 0)
+    except (OSError, ValueError, KeyError):
+        noted = {}
+    given = url or settings.url
+    secret = token or settings.token
+    if not secret and noted and (given is None or given.rstrip("/") == noted["url"].rstrip("/")):
+        return noted["url"], noted["token"]
+    if not secret:
+        remedy = "set WHETSTONE_TOKEN or pass --token; `whetstone token create NAME --role worker` makes one"
+        raise Invalid([Fault("WHETSTONE_TOKEN", f"no token, and no server runs in {settings.home_dir}: {remedy}")])
+    return given or noted.get("url") or DEFAULT_URL, secret

@@ -1,0 +1,147 @@
+"""`whetstone trial`: one study's trials, and points of one's own."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from cli import output
+from cli.remote import Json, StudyName, Token, Url, connect, find_study
+from hpo.errors import Fault, Invalid
+
+app = typer.Typer(help="List, show, add, cancel and requeue trials.", no_args_is_help=True)
+Number = Annotated[int, typer.Argument(metavar="TRIAL", min=0, help="The trial's number.")]
+
+
+@app.command("list")
+def list_trials(
+    study: StudyName,
+    state: Annotated[str | None, typer.Option(help="Only trials in this state.")] = None,
+    order: Annotated[str, typer.Option(help="number, value or -value (the largest first).")] = "number",
+    limit: Annotated[int, typer.Option(min=1, help="How many at most.")] = 50,
+    url: Url = None,
+    token: Token = None,
+    json: Json = False,
+) -> None:
+    """List a study's trials."""
+    with connect(url, token) as client:
+        item = find_study(client, study)
+        params = {"order": order, "limit": limit, "state": state}
+        rows = list(client.pages(f"/api/v1/studies/{item['study']}/trials", params=params))
+    if json:
+        output.print_json(rows)
+        return
+    columns = [
+        ("trial", "right"),
+        "state",
+        ("value", "right"),
+        ("epoch", "right"),
+        ("time", "right"),
+        ("attempts", "right"),
+        "worker",
+        "reason",
+    ]
+    cells = [
+        [
+            str(t["trial"]),
+            output.state(t["state"]),
+            output.value_of(t, item["workload"]),
+            "-" if t["epoch"] is None else str(t["epoch"]),
+            output.seconds(t["seconds"]),
+            str(t["attempts"]),
+            output.escape(t["worker"] or "-"),
+            output.escape(t["reason"][:60]),
+        ]
+        for t in rows
+    ]
+    output.out.print(output.table(None, columns, cells) if cells else "No such trials.")
+
+
+@app.command()
+def show(study: StudyName, trial: Number, url: Url = None, token: Token = None, json: Json = False) -> None:
+    """Show one trial: hyperparameters, attempts, learning curve."""
+    with connect(url, token) as client:
+        item = find_study(client, study)
+        found = client.get(f"/api/v1/studies/{item['study']}/trials/{trial}")
+    if json:
+        output.print_json(found)
+        return
+    output.out.print(
+        f"Trial {trial} of [bold]{output.escape(item['name'])}[/] is {output.state(found['state'])}"
+        + (f": {output.escape(found['reason'])}" if found["reason"] else "")
+    )
+    output.out.print(f"value {output.value_of(found, item['workload'])}, seed {found['seed']}\n")
+    output.out.print(output.parameter_table(found["params"]))
+    if found["history"]:
+        rows = [
+            [
+                str(a["attempt"]),
+                a["state"],
+                output.escape(a["worker"] or "-"),
+                output.escape(a["device"] or "-"),
+                output.seconds(a["seconds"]),
+                output.escape(a["reason"]),
+            ]
+            for a in found["history"]
+        ]
+        output.out.print()
+        output.out.print(
+            output.table(None, [("attempt", "right"), "state", "worker", "device", "time", "reason"], rows)
+        )
+    if found["curve"]:
+        output.out.print()
+        rows = [
+            [str(p["epoch"]), output.value_of(p, item["workload"]), output.number(p["metrics"].get("loss"))]
+            for p in found["curve"][-20:]
+        ]
+        output.out.print(output.table(None, [("epoch", "right"), ("value", "right"), ("loss", "right")], rows))
+    traceback = next((a["traceback"] for a in reversed(found["history"]) if a["traceback"]), "")
+    if traceback:
+        output.out.print(f"\n{output.escape(traceback)}", soft_wrap=True)
+
+
+@app.command()
+def add(
+    study: StudyName,
+    params: Annotated[str, typer.Argument(help='The point, as YAML or JSON: "{eta: 0.01, mu: 0.9, lambda: 0}".')],
+    value: Annotated[float | None, typer.Option(help="Record it as finished with this value.")] = None,
+    infeasible: Annotated[bool, typer.Option("--infeasible", help="Record it as infeasible.")] = False,
+    url: Url = None,
+    token: Token = None,
+    json: Json = False,
+) -> None:
+    """Queue a point of your own, or record one that is finished."""
+    point = yaml.safe_load(params)
+    if not isinstance(point, dict):
+        raise Invalid([Fault("params", 'write a mapping, such as "{eta: 0.01, mu: 0.9}"')], "the point")
+    body: dict[str, Any] = {"params": point}
+    if value is not None:
+        body["value"] = value
+    if infeasible:
+        body["outcome"] = "infeasible"
+    with connect(url, token) as client:
+        made = client.post(f"/api/v1/studies/{find_study(client, study)['study']}/trials", json=body)
+    if json:
+        output.print_json(made)
+    else:
+        output.out.print(f"Trial {made['trial']} is {output.state(made['state'])}.")
+
+
+def _act(study: str, trial: int, action: str, url: str | None, token: str | None) -> None:
+    with connect(url, token) as client:
+        made = client.post(f"/api/v1/studies/{find_study(client, study)['study']}/trials/{trial}/{action}")
+    output.out.print(f"Trial {made['trial']} is {output.state(made['state'])}.")
+
+
+@app.command()
+def cancel(study: StudyName, trial: Number, url: Url = None, token: Token = None) -> None:
+    """Cancel a queued or running trial."""
+    _act(study, trial, "cancel", url, token)
+
+
+@app.command()
+def requeue(study: StudyName, trial: Number, url: Url = None, token: Token = None) -> None:
+    """Queue the same point once more."""
+    _act(study, trial, "requeue", url, token)
