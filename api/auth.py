@@ -1,0 +1,192 @@
+"""Who is asking: bearer tokens, the session cookie, and the one-time link that makes the first session.
+
+A secret is compared by its SHA-256 and stands in no log. A cookie speaks for a person who reads; what changes something
+through REST needs a bearer token, so a foreign page that makes a browser send its cookie changes nothing. (The pages'
+own forms accept the cookie, behind their CSRF check.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Mapping
+from typing import Literal
+
+from sqlalchemy import Engine
+from starlette.requests import Request
+from starlette.responses import Response
+
+from hpo import tokens
+from hpo.errors import Forbidden, Unauthenticated
+from hpo.tokens import Principal
+
+Role = Literal["viewer", "worker", "admin"]
+RANK: dict[str, int] = {"viewer": 0, "worker": 1, "admin": 2}
+"""A role may do what the roles below it may."""
+
+COOKIE = "whetstone_session"
+SESSION_DAYS = 7
+READING = frozenset({"GET", "HEAD", "OPTIONS"})
+MAX_SECRET = 512
+ONE_TIME_PATH = "/login"
+ONE_TIME_QUERY = "once"
+
+
+class OneTimeLink:
+    """The link that `serve` prints at start: it signs one browser in as admin, once, within `lifetime_s` seconds.
+
+    >>> link = OneTimeLink()
+    >>> link.redeem(link.secret), link.redeem(link.secret)
+    (True, False)
+    """
+
+    def __init__(self, lifetime_s: float = 3600.0) -> None:
+        self.secret = secrets.token_urlsafe(32)
+        self._until = time.monotonic() + lifetime_s
+        self._lock = threading.Lock()
+        self._used = False
+
+    @property
+    def path(self) -> str:
+        """Path and query of the link, to stand behind the server's address."""
+        return f"{ONE_TIME_PATH}?{ONE_TIME_QUERY}={self.secret}"
+
+    def redeem(self, secret: str) -> bool:
+        """Whether `secret` opens the door. It does once; a wrong guess does not use it up."""
+        right = hmac.compare_digest(secret.encode("utf-8", "replace"), self.secret.encode())
+        with self._lock:
+            if not right or self._used or time.monotonic() > self._until:
+                return False
+            self._used = True
+            return True
+
+
+class Auth:
+    """Finds the principal behind a request. Its methods ask the database: call them from a thread, not the loop."""
+
+    def __init__(
+        self, engine: Engine, process_tokens: Mapping[str, Principal], one_time: OneTimeLink | None = None
+    ) -> None:
+        self.engine = engine
+        self.one_time = one_time
+        self._process_tokens = dict(process_tokens)
+
+    def bearer(self, secret: str) -> Principal | None:
+        """Principal of a bearer token: one of this process, or one that is stored."""
+        if not secret or len(secret) > MAX_SECRET or not secret.isascii():
+            return None
+        digest = hashlib.sha256(secret.encode()).hexdigest()
+        return self._process_tokens.get(digest) or tokens.authenticate(self.engine, secret)
+
+    def cookie(self, secret: str) -> Principal | None:
+        """Principal of a session cookie."""
+        if not secret or len(secret) > MAX_SECRET or not secret.isascii():
+            return None
+        return tokens.session(self.engine, secret)
+
+    def principal(self, request: Request, *, cookie: bool = True) -> Principal | None:
+        """Whoever `request` comes from. A bearer token that is there and wrong is not rescued by a cookie."""
+        header = request.headers.get("authorization")
+        if header is not None:
+            scheme, _, secret = header.partition(" ")
+            return self.bearer(secret.strip()) if scheme.lower() == "bearer" else None
+        return self.cookie(request.cookies.get(COOKIE, "")) if cookie else None
+
+    def sign_in_once(self, secret: str) -> str | None:
+        """Redeem the one-time link: the secret of a fresh admin session, or None."""
+        if self.one_time is None or not self.one_time.redeem(secret):
+            return None
+        return tokens.open_session(self.engine, "admin", None, SESSION_DAYS)
+
+    def sign_in(self, secret: str) -> str | None:
+        """Exchange a bearer token for a session with its role: the session's secret, or None for an unknown token."""
+        principal = self.bearer(secret)
+        if principal is None:
+            return None
+        kind, _, number = principal.id.partition(":")
+        token_id = int(number) if kind == "token" and number.isdecimal() else None
+        return tokens.open_session(self.engine, principal.role, token_id, SESSION_DAYS)
+
+    def sign_out(self, secret: str) -> None:
+        """End a session. One that is not known is ended already."""
+        if secret and len(secret) <= MAX_SECRET and secret.isascii():
+            tokens.close_session(self.engine, secret)
+
+
+def auth_of(request: Request) -> Auth:
+    """The `Auth` of the app that serves `request`."""
+    auth = request.app.state.auth
+    assert isinstance(auth, Auth)
+    return auth
+
+
+def principal_of(request: Request) -> Principal | None:
+    """Whoever is asking, by bearer token or session cookie; None for a stranger. Asks the database."""
+    return auth_of(request).principal(request)
+
+
+def require(principal: Principal | None, role: Role) -> Principal:
+    """`principal`, if its role reaches as far as `role`.
+
+    Raises:
+        Unauthenticated: nobody, or somebody unknown.
+        Forbidden: known, with a lower role; the message names both.
+    """
+    if principal is None:
+        raise Unauthenticated(
+            "this needs a token that is known here: send it as 'Authorization: Bearer TOKEN' "
+            "('whetstone token create' makes one)"
+        )
+    if RANK[principal.role] < RANK[role]:
+        raise Forbidden(f"this needs the role {role}, and this token's role is {principal.role}")
+    return principal
+
+
+def admit(request: Request, role: Role) -> Principal:
+    """The principal of a REST request that needs `role`. Cookies count for reading only. Asks the database."""
+    auth = auth_of(request)
+    reading = request.method in READING
+    principal = auth.principal(request, cookie=reading)
+    if principal is None and not reading and COOKIE in request.cookies:
+        raise Unauthenticated("a session cookie only reads here: send a token as 'Authorization: Bearer TOKEN'")
+    return require(principal, role)
+
+
+def set_session(request: Request, response: Response, secret: str) -> None:
+    """Put a session's secret into the browser, where no script and no other site reaches it."""
+    response.set_cookie(
+        COOKIE,
+        secret,
+        max_age=SESSION_DAYS * 86_400,
+        path="/",
+        httponly=True,
+        samesite="strict",
+        secure=request.url.scheme == "https",
+    )
+
+
+def clear_session(request: Request, response: Response) -> None:
+    """Take the session's cookie away."""
+    response.delete_cookie(COOKIE, path="/", httponly=True, samesite="strict", secure=request.url.scheme == "https")
+
+
+class NoQuery(logging.Filter):
+    """Cuts queries out of uvicorn's access lines: the one-time link's secret stands in one."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if isinstance(record.args, tuple) and len(record.args) == 5 and isinstance(record.args[2], str):
+            path, mark, _ = record.args[2].partition("?")
+            record.args = (*record.args[:2], path + ("?..." if mark else ""), *record.args[3:])
+        return True
+
+
+def keep_secrets_out_of_the_access_log() -> None:
+    """Install `NoQuery`. Called when the app starts, after the server configured its logging; twice is once."""
+    logging.getLogger("uvicorn.access").addFilter(_no_query)
+
+
+_no_query = NoQuery()
