@@ -1,0 +1,101 @@
+"""Which device a worker trains on, and what the machine has.
+
+"auto" asks the coordinator for a CUDA device of its own among those the machine shows, by UUID, so that two workers
+on one machine never share one by accident; a machine without CUDA trains on its CPU. Invariant: `resolve` never falls
+back silently from a GPU to the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class DeviceUnusable(Exception):
+    """The device that was asked for is not here, or does not work: one line with the remedy."""
+
+    is_user_error = True
+
+
+@dataclass(frozen=True)
+class Device:
+    """`name` is torch's ("cpu", "cuda:0"), `id` what the coordinator knows it by ("" for a CPU), `title` for people."""
+
+    name: str
+    id: str
+    title: str
+    memory_bytes: int | None
+
+
+def cpu() -> Device:
+    return Device("cpu", "", "cpu", _memory())
+
+
+def cuda_devices() -> list[Device]:
+    """Every CUDA device this process can see, in torch's order; empty without CUDA."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for index in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(index)
+        uuid = str(getattr(about, "uuid", "")) or f"{platform.node()}:{index}"
+        found.append(Device(f"cuda:{index}", f"GPU-{uuid}", about.name, int(about.total_memory)))
+    return found
+
+
+def candidates(wanted: str) -> list[Device]:
+    """The devices that `--device` allows, best first; for "auto" the machine's CUDA devices, or its CPU.
+
+    Raises `DeviceUnusable` for an unknown name, and for CUDA where there is none.
+    """
+    if wanted == "cpu":
+        return [cpu()]
+    if wanted != "auto" and not re.fullmatch(r"cuda(:\d{1,3})?", wanted):
+        raise DeviceUnusable("--device must be auto, cpu, cuda or cuda:N")
+    found = cuda_devices()
+    if wanted == "auto":
+        return found or [cpu()]
+    if not found:
+        raise DeviceUnusable(
+            f"--device {wanted}: PyTorch sees no CUDA device here; use --device cpu, or install a CUDA build of torch "
+            "(TORCH_INDEX_URL) and check the driver with nvidia-smi"
+        )
+    if wanted == "cuda":
+        return found
+    chosen = [device for device in found if device.name == wanted]
+    if not chosen:
+        raise DeviceUnusable(f"--device {wanted}: there is none; PyTorch sees cuda:0 to cuda:{len(found) - 1}")
+    return chosen
+
+
+def probe(device: Device) -> None:
+    """Do one small thing there, so that a broken device is known before it takes a trial. Raises `DeviceUnusable`."""
+    import torch
+
+    try:
+        with torch.inference_mode():
+            ones = torch.ones(64, 64, device=device.name)
+            healthy = float((ones @ ones).sum()) == 64.0**3
+    except RuntimeError as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DeviceUnusable(f"{device.name} ({device.title}) does not work: {first}") from None
+    if not healthy:
+        raise DeviceUnusable(f"{device.name} ({device.title}) computes wrong results")
+
+
+def _memory() -> int | None:
+    """Bytes of memory this process may use: the machine's, or its container's limit where that is lower."""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):
+        return None
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+    except (OSError, ValueError):  # no cgroup of our own, or "max"
+        return total
+    return min(total, limit)
