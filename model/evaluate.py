@@ -1,0 +1,139 @@
+"""How often does a network pick the right character? One-shot evaluation (Koch et al. 2015, section 4.3).
+
+Promise: every distinct image is embedded once, whatever the number of tasks, and a task is answered right only by a
+similarity that is strictly the largest, with nothing in its row that is not a number. A network that says the same of
+every pair therefore scores 0, never 100%: ties and NaN count as wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.baseline import interval
+from model.checkpoint import Best, CheckpointError, open_checkpoint
+from model.distortion import clean
+from model.drawings import Drawings
+from model.episode import Episodes
+from model.net import SiameseNet
+from model.precision import autocast
+from model.spec import TrainConfig
+
+PAPER_TASKS = 320
+"""One-shot tasks by which the paper chose its epoch."""
+
+_CHUNK_FLOPS = 1e11
+"""Work between two looks at `interrupt`: a second or two on one slow core."""
+_CHUNK_VALUES = 2**24
+"""Differences of features held at once while tasks are answered (64 MiB)."""
+
+
+class Interrupted(Exception):
+    """The evaluation was asked to stop before it had an answer to every task."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Right answers among tasks, with the Wilson 95% interval of their share."""
+
+    correct: int
+    tasks: int
+    accuracy: float
+    interval: tuple[float, float]
+
+    @classmethod
+    def of(cls, right: Tensor) -> Score:
+        """From (T,) bool, one a task."""
+        correct, tasks = int(right.sum()), right.numel()
+        return cls(correct, tasks, correct / tasks, interval(correct, tasks))
+
+
+def never() -> bool:
+    """The interrupt that does not come."""
+    return False
+
+
+def one_shot(
+    net: SiameseNet,
+    drawings: Drawings,
+    episodes: Episodes,
+    *,
+    bf16: bool = False,
+    interrupt: Callable[[], bool] = never,
+) -> Score:
+    """Score `net` on tasks over `drawings` of its own input size, on the device it is on. Raises Interrupted."""
+    return Score.of(answer(net, drawings, episodes, bf16=bf16, interrupt=interrupt))
+
+
+@torch.no_grad()
+def answer(
+    net: SiameseNet,
+    drawings: Drawings,
+    episodes: Episodes,
+    *,
+    bf16: bool = False,
+    interrupt: Callable[[], bool] = never,
+) -> Tensor:
+    """Which tasks `net` answers right: (T,) bool on the CPU. Raises Interrupted; ValueError for another image size."""
+    device = net.output.weight.device
+    if drawings.size != net.config.input:
+        raise ValueError(f"the network sees {net.config.input} pixels a side, the drawings have {drawings.size}")
+    episodes = episodes.to(drawings.device)
+    shown, place = torch.unique(torch.cat([episodes.query, episodes.support.flatten()]), return_inverse=True)
+    features = _embed(net, drawings.flat, shown, device, bf16, interrupt)  # (U, F)
+    place = place.to(device)
+    query, support = place[: len(episodes)], place[len(episodes) :].view(len(episodes), -1)  # (T,), (T, N)
+    target = episodes.target.to(device)
+    right = torch.empty(len(episodes), dtype=torch.bool, device=device)
+    chunk = max(1, _CHUNK_VALUES // (support.shape[1] * features.shape[1]))
+    for begin in range(0, len(episodes), chunk):
+        if interrupt():
+            raise Interrupted
+        part = slice(begin, begin + chunk)
+        similarity = net.compare(features[query[part], None], features[support[part]])  # (t, N)
+        right[part] = strictly_best(similarity, target[part])
+    return right.cpu()
+
+
+def strictly_best(similarity: Tensor, target: Tensor) -> Tensor:
+    """(T, N) similarities, (T,) places: is the one at `target` larger than every other, and all of them finite?"""
+    own = similarity.gather(1, target[:, None])
+    reached = (similarity >= own).sum(1)  # itself, and whatever ties with it or beats it
+    return (reached == 1) & similarity.isfinite().all(1)
+
+
+def load(path: Path | str, device: torch.device | str = "cpu") -> tuple[SiameseNet, TrainConfig, Mapping[str, float]]:
+    """The network of a checkpoint (a folder, or one of its files), its recipe, and the metrics of its epoch.
+
+    Raises CheckpointError.
+    """
+    saved = open_checkpoint(path)
+    if isinstance(saved, Best):
+        weights, metrics = dict(saved.weights), dict(saved.metrics)
+    else:
+        weights = {name.removeprefix("net."): t for name, t in saved.tensors.items() if name.startswith("net.")}
+        metrics = dict(saved.history[-1]) if saved.history else {}
+    net = SiameseNet(saved.config.net)
+    try:
+        net.load_state_dict(weights)
+    except RuntimeError as fault:
+        raise CheckpointError(f"{path}: its weights are not those of the network in its JSON") from fault
+    return net.on(device), saved.config, metrics
+
+
+def _embed(
+    net: SiameseNet, images: Tensor, shown: Tensor, device: torch.device, bf16: bool, interrupt: Callable[[], bool]
+) -> Tensor:
+    chunk = int(min(1024, max(8, _CHUNK_FLOPS // net.config.flops)))
+    features = torch.empty(len(shown), net.config.fc, device=device)
+    for begin in range(0, len(shown), chunk):
+        if interrupt():
+            raise Interrupted
+        pixels = clean(images[shown[begin : begin + chunk]].to(device))
+        with autocast(device, bf16):
+            features[begin : begin + chunk] = net.embed(pixels.contiguous(memory_format=torch.channels_last))
+    return features

@@ -1,0 +1,43 @@
+"""Initial weights: He's, or the paper's own (Koch et al. 2015, section 3.2, "Weight initialization").
+
+Promise: the weights depend on the generator alone, drawn on the CPU in the order of the labels, so a seed gives the
+same network on every device. The paper's start saturates most of the sigmoidal units (its bias of 0.5 does it) and
+learns slowly at first; He's is the better default.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from model.net import SiameseNet
+
+
+@torch.no_grad()
+def initialise(net: SiameseNet, scheme: str, generator: torch.Generator) -> None:
+    """Fill every weight and bias of `net` by the scheme "he" or "paper". `generator` must be a CPU generator.
+
+    he: weights N(0, 2 / fan_in) before a ReLU and N(0, 1 / fan_in) before a sigmoid, biases 0; the head starts as minus
+    the mean distance, so that an untrained network already prefers what looks alike. paper: convolution weights
+    N(0, 0.01^2), other weights N(0, 0.2^2), all biases N(0.5, 0.01^2).
+    """
+    if scheme not in ("he", "paper"):
+        raise ValueError(f"no initialisation {scheme!r}: there are he and paper")
+    for label in net.labels:
+        layer = net.layer(label)
+        conv = isinstance(layer, nn.Conv2d)
+        if scheme == "paper":
+            _normal(layer.weight, 0.0, 0.01 if conv else 0.2, generator)
+            _normal(layer.bias, 0.5, 0.01, generator)
+            continue
+        fan_in = layer.weight[0].numel()
+        _normal(layer.weight, 0.0, math.sqrt((2.0 if conv else 1.0) / fan_in), generator)
+        assert layer.bias is not None
+        layer.bias.zero_()
+
+
+def _normal(parameter: Tensor | None, mean: float, std: float, generator: torch.Generator) -> None:
+    assert parameter is not None
+    parameter.copy_(torch.empty(parameter.shape).normal_(mean, std, generator=generator))

@@ -1,0 +1,25 @@
+"""bf16 where it pays: matrix products in bfloat16 by autocast, weights and updates always in fp32.
+
+Promise: "auto" takes bf16 on CUDA devices and on CPUs that multiply it in hardware (AVX-512 BF16 or AMX), and fp32
+where it would only be emulated.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def wants_bf16(precision: str, device: torch.device) -> bool:
+    """Resolve the setting "auto", "fp32" or "bf16" for a device."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    # Private names, and the only ones: where a torch has them no longer, fp32 is right everywhere.
+    questions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in questions)
+
+
+def autocast(device: torch.device, bf16: bool) -> torch.autocast:
+    """A context in which matrix products run in bf16, or one that changes nothing."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
