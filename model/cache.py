@@ -1,10 +1,10 @@
 """Omniglot packed into one compact file per size, so that it loads in well under a second.
 
-At 105 pixels a drawing is 1 bit per pixel (45 MB for all of Omniglot); smaller sizes are grey bytes. Promise: what `load`
-gives is what the source files hold now. A cache whose source changed, that was cut short, or in which one bit flipped is
-built again, never used. Files appear whole or not at all (written aside, flushed to the disk, renamed), so that two
-processes may build at once and a power cut leaves nothing to clean up by hand. A home that cannot be written costs time,
-not the run.
+At 105 pixels a drawing is 1 bit per pixel (45 MB for all of Omniglot); other sizes are grey bytes. Promise: what `load`
+gives is what the source files hold now: a cache that was cut short, in which one bit flipped, or whose sources changed
+is built again, never used. Files appear whole or not at all (written aside, flushed to the disk, renamed), so two
+processes may build at once and a power cut leaves nothing to clean up by hand. A home that cannot be written costs
+time, not the run.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Packed:
 
 
 def load(sources: Sequence[Source], size: int, home: Path, notify: Callable[[str], None]) -> Packed:
-    """Omniglot at `size`, from the cache under `home` where that is whole and current, else from `sources`, which it then caches.
+    """Omniglot at `size`: from the cache under `home` where it is whole and current, else from `sources`, then cached.
 
     Raises DataError where the sources themselves are damaged. `notify` gets one line when the packing, which takes some
     seconds, begins, and one when the cache cannot be written.
@@ -129,7 +129,7 @@ def _write(path: Path, parts: Mapping[str, NDArray[np.uint8]], signature: str, n
             os.close(folder)
     except OSError as fault:
         notify(
-            f"Cannot keep the packed data in {path} ({fault.strerror or fault}); going on without, each start packs anew"
+            f"Cannot keep the packed data in {path} ({fault.strerror or fault}): this run goes on, the next packs anew"
         )
 
 

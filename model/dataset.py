@@ -1,7 +1,7 @@
 """The data set a network is trained on: real Omniglot where it is, the built-in stroke characters where it is not.
 
-Promise: the split is the paper's (Koch et al. 2015, section 3.1): the 30 background alphabets by drawers 1 to 12 to train,
-10 evaluation alphabets by drawers 13 to 16 to validate, the 10 alphabets of Lake's runs by drawers 17 to 20 to test.
+Promise: the split is the paper's (Koch et al. 2015, section 3.1): the 30 background alphabets by drawers 1 to 12 to
+train, 10 evaluation alphabets by drawers 13 to 16 to validate, the 10 of Lake's runs by drawers 17 to 20 to test.
 Damaged data is an error, never a reason to train on something else in silence.
 """
 
@@ -19,7 +19,7 @@ from model.drawings import DataError, Dataset, Drawings
 
 Choice = Literal["auto", "omniglot", "strokes"]
 
-TRAIN_DRAWERS = range(0, 12)
+TRAIN_DRAWERS = range(12)
 VALIDATION_DRAWERS = range(12, 16)
 TEST_DRAWERS = range(16, 20)
 LARGEST = 420
@@ -31,7 +31,7 @@ def load(
 ) -> Dataset:
     """The data set at `size` x `size` pixels, on the CPU.
 
-    auto takes Omniglot where `data_root` holds any of it, and otherwise says so through `notify`, in one line, and takes
+    auto takes Omniglot where `data_root` holds any of it; otherwise it says so through `notify`, in one line, and takes
     the stroke characters. Raises DataError where Omniglot was asked for and is not there, or is there and damaged,
     ValueError for a size or a source that does not exist.
     """
@@ -67,7 +67,7 @@ def _drawings(packed: cache.Packed, part: str, alphabets: list[str], drawers: ra
     characters = np.concatenate([np.arange(counts[name]) + offset[name] for name in alphabets])
     rows = characters[:, None] * omniglot.DRAWERS + np.asarray(drawers)
     return Drawings(
-        torch.from_numpy(packed.images(part, rows.reshape(-1))).unflatten(0, rows.shape),
+        torch.from_numpy(packed.images(part, rows.reshape(-1)).reshape(*rows.shape, packed.size, packed.size)),
         torch.arange(len(alphabets)).repeat_interleave(torch.tensor([counts[name] for name in alphabets])),
         tuple(alphabets),
         tuple(f"{name}/character{c:02}" for name in alphabets for c in range(1, counts[name] + 1)),

@@ -1,8 +1,8 @@
 """Random affine distortions of training images (Koch et al. 2015, section 3.3).
 
-Promise: rotation, shear, scale and translation, in the paper's ranges, each component present with probability 1/2, drawn
-for every image by itself; outside of the picture is paper. Translation is given in pixels of the paper's 105 and shrinks
-with the image. All images of a batch go through one call of `grid_sample`, wherever they live.
+Promise: rotation, shear, scale and translation, in the paper's ranges, each component present with probability 1/2,
+drawn for every image by itself; outside of the picture is paper. Translation is given in pixels of the paper's 105 and
+shrinks with the image. All images of a batch go through one call of `grid_sample`, wherever they live.
 """
 
 from __future__ import annotations

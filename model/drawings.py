@@ -1,8 +1,8 @@
 """Drawings of characters as one tensor, and the three parts of a data set.
 
-Promise: every character of a `Drawings` was drawn once by each of the same number of people, 255 is ink and 0 is paper.
-Invariant: the flat index of a drawing is ``c * D + d`` (character c, drawer d): pairs and episodes speak in flat indices,
-so that whole batches are gathered by one indexing operation wherever the tensor lives.
+Promise: each character of a `Drawings` was drawn once by each of the same number of people; 255 is ink, 0 is paper.
+Invariant: the flat index of a drawing is ``c * D + d`` (character c, drawer d): pairs and episodes speak in flat
+indices, so that whole batches are gathered by one indexing operation wherever the tensor lives.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ INK = 255
 
 
 class DataError(Exception):
-    """A data file is missing, damaged, or too small for what was asked. One line: what, what was expected, what to do."""
+    """Data is missing, damaged, or too small for what was asked. One line: what, what was expected, what to do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +71,10 @@ class Drawings:
         return Drawings(self.images.to(device), self.alphabet.to(device), self.alphabets, self.characters)
 
     def select(self, *, alphabets: Sequence[str] | None = None, drawers: Sequence[int] | None = None) -> Drawings:
-        """Only these alphabets (by name, in the order given) and drawers (counted from 0). Raises DataError for a name unknown here."""
+        """Only these alphabets (by name, in the order given) and drawers (counted from 0).
+
+        Raises DataError for an alphabet or a drawer that is not here.
+        """
         images, alphabet, names, characters = self.images, self.alphabet, self.alphabets, self.characters
         if alphabets is not None:
             unknown = [name for name in alphabets if name not in names]
@@ -93,7 +96,7 @@ class Drawings:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Three parts that share neither alphabets (background against evaluation) nor drawers (Koch et al. 2015, section 3.1)."""
+    """Three parts that share neither alphabets nor drawers (Koch et al. 2015, section 3.1)."""
 
     train: Drawings
     validation: Drawings

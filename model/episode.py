@@ -1,7 +1,7 @@
 """One-shot tasks: which of N characters is this?
 
-Promise: a task shows N different characters of one alphabet, all drawn by one person, and a query of one of them drawn by
-another person; the true one stands at a uniformly random place (a tie that falls on place 0 must not look like
+Promise: a task shows N different characters of one alphabet, all drawn by one person, and a query of one of them drawn
+by another person; the true one stands at a uniformly random place (a tie that falls on place 0 must not look like
 knowledge). The same seed gives the same tasks on every device.
 """
 
@@ -92,11 +92,8 @@ def lake_runs(data_root: Path | None, size: int) -> tuple[Drawings, Episodes]:
     damaged.
     """
     drawings, answers = omniglot.read_lake_runs(data_root, size)
-    runs, items = answers.shape  # answers[r, i]: the class, from 0, that item i of run r shows
-    classes = torch.arange(runs * items).view(runs, items)
-    query = classes * 2 + 1
-    # Characters are ordered by class: character (r, k) holds class k and the item that shows it.
-    support = (classes * 2)[:, None, :].expand(runs, items, items)
-    target = answers
-    shown = query.gather(1, target)
-    return drawings, Episodes(shown.flatten(), support.reshape(runs * items, items).contiguous(), target.flatten())
+    runs, way = answers.shape  # answers[r, i]: the class, from 0, that item i of run r shows
+    characters = torch.arange(runs * way).view(runs, way)
+    query = characters.gather(1, answers) * 2 + 1
+    support = (characters * 2)[:, None, :].expand(runs, way, way)
+    return drawings, Episodes(query.flatten(), support.reshape(runs * way, way), answers.flatten())

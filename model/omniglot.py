@@ -13,9 +13,10 @@ import hashlib
 import io
 import os
 import re
+import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,18 +54,20 @@ LAKE: tuple[str, ...] = (
     "Atlantean", "Ge_ez", "Glagolitic", "Gurmukhi", "Kannada", "Malayalam", "Manipuri",
     "Old_Church_Slavonic_(Cyrillic)", "Tengwar", "Tibetan",
 )
-"""The evaluation alphabets of Lake's 20 runs: the paper's test alphabets. The other ten are its validation alphabets."""
+"""The evaluation alphabets of Lake's 20 runs: the paper's test alphabets. The other ten are for validation."""
 # fmt: on
 SPLITS: Mapping[str, Mapping[str, int]] = {"images_background": BACKGROUND, "images_evaluation": EVALUATION}
 RUNS, WAY = 20, 20
 
 _LARGEST_PNG = 1 << 16
 """Bytes. Upstream's drawings take about 300; a member that claims more than this is no drawing."""
+_ZIP_FAULTS = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, ValueError)
+"""What `zipfile` raises for a file that is no whole zip, is encrypted, or is packed in a way it does not know."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where one part of Omniglot lies: a zip, or a folder unpacked from it. `name` is images_background, ... or all_runs."""
+    """Where a part (images_background, images_evaluation or all_runs) lies: a zip, or a folder unpacked from it."""
 
     name: str
     path: Path
@@ -74,15 +77,15 @@ class Source:
         return self.path.suffix == ".zip"
 
     def signature(self) -> str:
-        """Changes whenever the content may have: a zip's SHA-256; for a folder the names, sizes and times of its files."""
+        """Changes when the content may have: a zip's SHA-256; for a folder the names, sizes and times of its files."""
         try:
-            digest = hashlib.sha256()
             if self.packed:
-                digest.update(self.path.read_bytes())
-            else:
-                for name, entry in _walk(self.path):
-                    stat = entry.stat()
-                    digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+                with open(self.path, "rb") as file:
+                    return hashlib.file_digest(file, "sha256").hexdigest()
+            digest = hashlib.sha256()
+            for name, entry in _walk(self.path):
+                stat = entry.stat()
+                digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
             return digest.hexdigest()
         except OSError as fault:
             raise _unreadable(self.path, fault) from fault
@@ -94,21 +97,18 @@ class Source:
                 with zipfile.ZipFile(self.path) as archive:
                     prefix = f"{self.name}/"
                     for member in archive.infolist():
-                        if not member.is_dir() and not _litter(member.filename):
-                            if member.file_size > _LARGEST_PNG:
-                                raise DataError(
-                                    f"{self.path}: {member.filename!a} has {member.file_size} bytes; a drawing has a few "
-                                    f"hundred. {_again(self.path)}"
-                                )
-                            yield member.filename.removeprefix(prefix), archive.read(member)
+                        if not _content(member.filename):
+                            continue
+                        if member.file_size > _LARGEST_PNG:
+                            claim = f"{member.filename!a} has {member.file_size} bytes; a drawing has a few hundred"
+                            raise wrong(self.path, claim)
+                        yield member.filename.removeprefix(prefix), archive.read(member)
             else:
                 for name, entry in _walk(self.path):
                     with open(entry.path, "rb") as file:
                         yield name, file.read(_LARGEST_PNG + 1)
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as fault:
-            raise DataError(
-                f"{self.path} is damaged ({fault}); expected a whole zip file. {_again(self.path)}"
-            ) from fault
+        except _ZIP_FAULTS as fault:
+            raise wrong(self.path, f"damaged ({fault}); expected a whole zip file") from fault
         except OSError as fault:
             raise _unreadable(self.path, fault) from fault
 
@@ -156,22 +156,21 @@ def read(source: Source, alphabets: Mapping[str, int] | None = None) -> NDArray[
     expected = SPLITS[source.name] if alphabets is None else alphabets
     rows: dict[tuple[str, int, int], NDArray[np.uint8]] = {}
     for name, content in source.files():
+        if not name.endswith(".png"):
+            continue
         match = _DRAWING.fullmatch(name)
         if match is None:
-            raise DataError(
-                f"{source.path}: unexpected file {name!a}; expected <alphabet>/character<NN>/<NNNN>_<DD>.png. "
-                f"{_again(source.path)}"
-            )
+            raise wrong(source.path, f"{name!a} is not named <alphabet>/character<NN>/<NNNN>_<DD>.png")
         key = (match[1], int(match[2]), int(match[3]))
         if key in rows:
-            raise DataError(f"{source.path}: drawing {key[2]:02} of {name!a} is there twice. {_again(source.path)}")
+            raise wrong(source.path, f"drawing {key[2]:02} of {name!a} is there twice")
         rows[key] = _bits(source.path, name, content)
     _check(source.path, expected, rows.keys())
     return np.stack([rows[key] for key in sorted(rows)])
 
 
 def read_lake_runs(data_root: Path | None, size: int) -> tuple[Drawings, Tensor]:
-    """Lake's runs: 400 characters x (training image, test item), 20 to a run, and answers (20, 20): the class of each item.
+    """Lake's runs: 400 characters x (training image, test item), and answers (20, 20) int64: each run's item's class.
 
     Character ``20 r + k`` is class k of run r; its second drawing is the item that `answers` says shows that class.
     """
@@ -192,9 +191,7 @@ def read_lake_runs(data_root: Path | None, size: int) -> tuple[Drawings, Tensor]
         name for name in [*names, *(f"run{r:02}/class_labels.txt" for r in range(1, RUNS + 1))] if name not in files
     ]
     if absent:
-        raise DataError(
-            f"{source.path}: {len(absent)} of its 820 files are missing, {absent[0]} among them. {_again(source.path)}"
-        )
+        raise wrong(source.path, f"{len(absent)} of its 820 files are missing, {absent[0]} among them")
     answers = np.stack([_labels(source.path, r, files[f"run{r:02}/class_labels.txt"]) for r in range(1, RUNS + 1)])
     packed = np.stack([_bits(source.path, name, files[name]) for name in names])
     images = torch.from_numpy(unpack(packed, SIDE, size)).view(RUNS, 2, WAY, size, size)
@@ -224,9 +221,7 @@ def _labels(path: Path, run: int, content: bytes) -> NDArray[np.int64]:
     answers = {int(item): int(shown) for item, shown in pairs}
     full = set(range(1, WAY + 1))
     if len(pairs) != WAY or set(answers) != full or set(answers.values()) != full:
-        raise DataError(
-            f"{path}: run{run:02}/class_labels.txt does not give each of 20 items a class of its own. {_again(path)}"
-        )
+        raise wrong(path, f"run{run:02}/class_labels.txt does not give each of 20 items a class of its own")
     return np.array([answers[i] - 1 for i in range(1, WAY + 1)], dtype=np.int64)
 
 
@@ -235,67 +230,59 @@ def _bits(path: Path, name: str, content: bytes) -> NDArray[np.uint8]:
     try:
         with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
             if image.size != (SIDE, SIDE):
-                raise DataError(
-                    f"{path}: {name!a} is {image.size[0]} x {image.size[1]} pixels; expected {SIDE} x {SIDE}. {_again(path)}"
-                )
-            paper = np.asarray(
-                image if image.mode == "1" else image.convert("L").point(lambda grey: 255 * (grey >= 128))
-            )
+                size = f"{image.size[0]} x {image.size[1]}"
+                raise wrong(path, f"{name!a} is {size} pixels; expected {SIDE} x {SIDE}")
+            grey = np.asarray(image.convert("L"))
     except (OSError, SyntaxError, ValueError, zlib.error, Image.DecompressionBombError) as fault:
-        raise DataError(f"{path}: {name!a} is not a readable PNG image ({fault}). {_again(path)}") from fault
-    return np.packbits(paper.reshape(-1) == 0)
+        raise wrong(path, f"{name!a} is not a readable PNG image ({fault})") from fault
+    return np.packbits(grey.reshape(-1) < 128)
 
 
-def _check(path: Path, expected: Mapping[str, int], found: Iterator[tuple[str, int, int]] | object) -> None:
-    drawings: dict[str, dict[int, int]] = {}
-    for alphabet, character, drawer in found:  # type: ignore[attr-defined]
-        seen = drawings.setdefault(alphabet, {})
-        seen[character] = seen.get(character, 0) | 1 << drawer
-    counts = f"expected {len(expected)} alphabets, {sum(expected.values())} characters x {DRAWERS} drawings"
-    lacking = [name for name in expected if name not in drawings]
+def _check(path: Path, expected: Mapping[str, int], found: Iterable[tuple[str, int, int]]) -> None:
+    drawers: dict[str, dict[int, set[int]]] = {}
+    for alphabet, character, drawer in found:
+        drawers.setdefault(alphabet, {}).setdefault(character, set()).add(drawer)
+    whole = f"expected {len(expected)} alphabets, {sum(expected.values())} characters x {DRAWERS} drawings"
+    lacking = [name for name in expected if name not in drawers]
     if lacking:
-        raise DataError(
-            f"{path}: no alphabet {', '.join(lacking[:3])}{' ...' * (len(lacking) > 3)}; {counts}. {_again(path)}"
-        )
-    foreign = [name for name in drawings if name not in expected]
+        raise wrong(path, f"no alphabet {', '.join(lacking[:3])}{' ...' * (len(lacking) > 3)}; {whole}")
+    foreign = [name for name in drawers if name not in expected]
     if foreign:
-        raise DataError(f"{path}: an alphabet {foreign[0]!a} that Omniglot has not; {counts}. {_again(path)}")
-    everyone = sum(1 << drawer for drawer in range(1, DRAWERS + 1))
+        raise wrong(path, f"an alphabet {foreign[0]!a} that Omniglot has not; {whole}")
     for alphabet, characters in expected.items():
-        if sorted(drawings[alphabet]) != list(range(1, characters + 1)):
-            raise DataError(
-                f"{path}: {alphabet} has {len(drawings[alphabet])} characters; expected {characters}. {_again(path)}"
-            )
-        for character, drawers in drawings[alphabet].items():
-            if drawers != everyone:
-                raise DataError(
-                    f"{path}: {alphabet}/character{character:02} has {drawers.bit_count()} drawings, or not those numbered "
-                    f"01 to {DRAWERS}; expected {DRAWERS}. {_again(path)}"
-                )
+        if set(drawers[alphabet]) != set(range(1, characters + 1)):
+            numbers = f"{len(drawers[alphabet])} characters; expected {characters}, numbered from 01"
+            raise wrong(path, f"{alphabet} has {numbers}")
+        for character, hands in drawers[alphabet].items():
+            if hands != set(range(1, DRAWERS + 1)):
+                numbers = f"{len(hands)} drawings; expected {DRAWERS}, numbered from 01"
+                raise wrong(path, f"{alphabet}/character{character:02} has {numbers}")
 
 
-def _again(path: Path) -> str:
-    """The remedy for something that is there and wrong."""
-    return "Run `whetstone data fetch` to fetch it again, or set WHETSTONE_DATA to a whole copy"
+def wrong(path: Path, what: str) -> DataError:
+    """The fault to raise where a file is there and not as it must be."""
+    return DataError(
+        f"{path}: {what}. Run `whetstone data fetch` to get it again, or set WHETSTONE_DATA to a whole copy"
+    )
 
 
 def _unreadable(path: Path, fault: OSError) -> DataError:
     return DataError(f"{path} cannot be read: {fault.strerror or fault}. Check it and its permissions, or {REMEDY}")
 
 
-def _litter(name: str) -> bool:
-    """What macOS and Windows leave in folders and zips."""
+def _content(name: str) -> bool:
+    """Whether a file is data: drawings and labels are; folders and what file managers leave behind are not."""
     last = name.rsplit("/", 1)[-1]
-    return name.startswith("__MACOSX/") or last in (".DS_Store", "Thumbs.db", "desktop.ini") or last.startswith("._")
+    return name.endswith((".png", ".txt")) and not name.startswith("__MACOSX/") and not last.startswith(".")
 
 
 def _walk(folder: Path, below: str = "") -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """The files of a folder, sorted by name, without litter."""
+    """The files of a folder, sorted by name, as far as they are data."""
     with os.scandir(folder) as entries:
         listed = sorted(entries, key=lambda entry: entry.name)
     for entry in listed:
         name = below + entry.name
         if entry.is_dir():
             yield from _walk(Path(entry.path), f"{name}/")
-        elif not _litter(name):
+        elif _content(name):
             yield name, entry

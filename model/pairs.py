@@ -39,7 +39,7 @@ class PairSampler:
         self._order, self._sizes, self._starts = order, sizes[usable], starts[usable]
 
     def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """One batch: flat indices `first` (B,) and `second` (B,), and `same` (B,) float32, 1 or 0, on the drawings' device."""
+        """One batch on the drawings' device: flat indices `first`, `second` (B,) int64, and `same` (B,) float32."""
         where = generator.device
         order, sizes, starts = self._order.to(where), self._sizes.to(where), self._starts.to(where)
         # One call for all the randomness of a batch: alphabet, first and second character, first and second drawer.

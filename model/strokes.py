@@ -1,10 +1,10 @@
 """A built-in stand-in for Omniglot: characters made of strokes, where there is neither network nor data.
 
 Promise: the same seed gives the same data set; its split has Omniglot's shape (alphabets and drawers of the three parts
-are different ones). An alphabet has a style (a grid to write on, a love of curves, a few strokes its letters share), a
-character is one to four cubic Bezier strokes, and a drawer has a hand: slant, turn, proportions, place, size,
-thickness, and an unsteadiness that shakes every control point anew in each drawing. Nearest neighbours on pixels do far better than chance
-on it and far worse than a trained network, so a search over networks has something to find.
+are different ones). An alphabet has a style (a grid to write on, a love of curves, a few strokes its letters share); a
+character is one to four cubic Bezier strokes; a drawer has a hand: slant, turn, proportions, thickness, and an
+unsteadiness that shakes every control point anew in each drawing. Nearest neighbours on pixels do far better than
+chance on it and far worse than a trained network, so a search over networks has something to find.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from model.resize import shrink
 
 STROKES = 4
 """The most strokes a character has."""
-_SAMPLES = 40
-"""Points laid along a stroke; at the largest canvas (105) they lie closer than a pen is thick."""
 _CHUNK = 256
 
 Floats = NDArray[np.float32]
@@ -29,7 +27,7 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Shape:
-    """How large a data set to make: alphabets and drawers of the three parts, and the range of characters in an alphabet."""
+    """How large: alphabets and drawers of the three parts, and the fewest and most characters of an alphabet."""
 
     alphabets: tuple[int, int, int] = (30, 10, 10)
     drawers: tuple[int, int, int] = (12, 4, 4)
@@ -44,24 +42,17 @@ SMALL = Shape(alphabets=(6, 3, 3), drawers=(6, 4, 4), characters=(20, 22))
 def generate(size: int, *, seed: int = 0, shape: Shape = FULL) -> Dataset:
     """Draws the data set at `size` x `size` pixels. Deterministic in all its arguments."""
     parts = []
-    for part in range(3):
+    for part, alphabets in enumerate(shape.alphabets):
         # A stream for each part, so that the training set does not change when the test set grows.
         rng = np.random.default_rng([seed, part])
-        parts.append(
-            _part(
-                rng,
-                size,
-                shape.alphabets[part],
-                shape.drawers[part],
-                shape.characters,
-                first=sum(shape.alphabets[:part]),
-            )
-        )
-    return Dataset(*parts, name="strokes", size=size)
+        before = sum(shape.alphabets[:part])
+        parts.append(_part(rng, size, alphabets, shape.drawers[part], shape.characters, before))
+    train, validation, test = parts
+    return Dataset(train, validation, test, name="strokes", size=size)
 
 
 def _part(
-    rng: np.random.Generator, size: int, alphabets: int, drawers: int, characters: tuple[int, int], first: int
+    rng: np.random.Generator, size: int, alphabets: int, drawers: int, characters: tuple[int, int], before: int
 ) -> Drawings:
     images, alphabet, names, labels = [], [], [], []
     for a in range(alphabets):
@@ -69,7 +60,7 @@ def _part(
         letters, used = _alphabet(rng, count)
         images.append(_draw(rng, letters, used, drawers, size))
         alphabet += [a] * count
-        names.append(f"Strokes{first + a + 1:02}")
+        names.append(f"Strokes{before + a + 1:02}")
         labels += [f"{names[-1]}/character{c:02}" for c in range(1, count + 1)]
     return Drawings(
         torch.from_numpy(np.concatenate(images)),
@@ -80,12 +71,13 @@ def _part(
 
 
 def _alphabet(rng: np.random.Generator, count: int) -> tuple[Floats, NDArray[np.bool_]]:
-    """The letters of one alphabet in one style: control points (count, STROKES, 4, 2) in [-1, 1], and which strokes it has."""
-    # The points where strokes of this alphabet like to begin and end.
-    anchors = rng.uniform(-0.75, 0.75, (int(rng.integers(5, 9)), 2))
-    curvature = rng.uniform(0.1, 0.9)
-    shared = rng.uniform(0.15, 0.45)
-    lengths = rng.dirichlet((1.0, 2.0, 2.5, 1.5))
+    """The letters of one alphabet: control points (count, STROKES, 4, 2) in [-1, 1], and which strokes each has."""
+    # The places where strokes of this alphabet like to begin and end: some of the nine of a shaken 3 x 3 grid.
+    grid = np.stack(np.meshgrid([-0.75, 0.0, 0.75], [-0.75, 0.0, 0.75]), -1).reshape(9, 2)
+    anchors = rng.permutation(grid + rng.normal(0, 0.1, grid.shape))[: int(rng.integers(6, 10))]
+    curvature = rng.uniform(0.1, 0.8)
+    shared = rng.uniform(0.15, 0.4)
+    lengths = rng.dirichlet((0.4, 2.0, 3.0, 2.0))
 
     def strokes(number: tuple[int, ...]) -> NDArray[np.float64]:
         start, end = rng.integers(len(anchors), size=number), rng.integers(len(anchors) - 1, size=number)
@@ -134,10 +126,11 @@ def _draw(
     hand *= np.stack([wide, tall], -1)[None, :, None, :] * rng.uniform(0.88, 1.08, (count, drawers, 1, 2))
     points = np.einsum("cdij,cdkpj->cdkpi", hand, points) + rng.normal(0, 0.07, (count, drawers, 1, 1, 2))
 
-    curves = _bezier(points).reshape(count * drawers, -1, 2)
-    visible = np.repeat(np.repeat(used, drawers, axis=0), _SAMPLES, axis=1)
-    radius = np.tile(pen, count)
     canvas = _canvas(size)
+    # As many points along a stroke as the canvas has pixels: they lie closer than a pen is thick.
+    curves = _bezier(points, canvas).reshape(count * drawers, -1, 2)
+    visible = np.repeat(np.repeat(used, drawers, axis=0), canvas, axis=1)
+    radius = np.tile(pen, count)
     out = np.empty((count * drawers, size, size), dtype=np.uint8)
     for i in range(0, len(out), _CHUNK):
         ink = _ink(curves[i : i + _CHUNK], visible[i : i + _CHUNK], radius[i : i + _CHUNK], canvas)
@@ -145,9 +138,9 @@ def _draw(
     return out.reshape(count, drawers, size, size)
 
 
-def _bezier(points: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Cubic Bezier curves: control points (..., 4, 2) to points along the curve (..., _SAMPLES, 2)."""
-    t = np.linspace(0, 1, _SAMPLES)
+def _bezier(points: NDArray[np.float64], samples: int) -> NDArray[np.float64]:
+    """Cubic Bezier curves: control points (..., 4, 2) to points along the curve (..., samples, 2)."""
+    t = np.linspace(0, 1, samples)
     basis = np.stack([(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3], -1)
     return np.asarray(basis @ points)
 
@@ -160,7 +153,7 @@ def _canvas(size: int) -> int:
 def _ink(
     curves: NDArray[np.float64], visible: NDArray[np.bool_], radius: NDArray[np.float64], side: int
 ) -> NDArray[np.uint8]:
-    """Stamps a round pen along the curves: (n, P, 2) in [-1, 1], visible (n, P), radius (n,) of the side, to (n, side, side)."""
+    """Stamps a round pen along curves (n, P, 2) in [-1, 1], radius (n,) a part of the side; gives (n, side, side)."""
     n = len(curves)
     place = (curves + 1) * (side / 2)
     reach = int(np.ceil(radius.max() * side))
