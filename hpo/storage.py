@@ -26,7 +26,7 @@ from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import Connection, Engine
 
-from hpo.database import transaction
+from hpo.database import connect, transaction
 from hpo.rows import (
     Parameter,
     add_params,
@@ -133,6 +133,13 @@ class PostgresStorage(BaseStorage):
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+
+    def __getstate__(self) -> dict[str, str]:
+        """For another process: the address, password and all, as Optuna's own storage does it."""
+        return {"url": self.engine.url.render_as_string(hide_password=False)}
+
+    def __setstate__(self, state: dict[str, str]) -> None:
+        self.engine = connect(state["url"])
 
     # Studies
 

@@ -8,6 +8,8 @@ nothing is stored twice, so nothing has to be reconciled.
 
 from __future__ import annotations
 
+from datetime import datetime
+
 import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import BYTEA, JSONB
 
@@ -20,7 +22,7 @@ _optuna_studies = sa.Table("studies", metadata, sa.Column("study_id", sa.Integer
 _optuna_trials = sa.Table("trials", metadata, sa.Column("trial_id", sa.Integer, primary_key=True), schema="public")
 
 
-def _moment(name: str, *, nullable: bool = False, default: bool = False) -> sa.Column[sa.DateTime]:
+def _moment(name: str, *, nullable: bool = False, default: bool = False) -> sa.Column[datetime]:
     return sa.Column(name, sa.DateTime(timezone=True), nullable=nullable, server_default=_now if default else None)
 
 
