@@ -1,8 +1,8 @@
 """`whetstone demo`: a whole study on this machine, from nothing to a table of the best trials.
 
-It starts what a person would start (a server with its own PostgreSQL, two CPU workers), launches the preset `mini`, shows
-it live, and scores the best trials on tasks that no trial has seen. Ctrl-C stops everything; a second run goes on with
-the same study. All it knows of the server it learns over REST, like anybody else.
+It starts what a person would start (a server with its own PostgreSQL, two CPU workers), launches the preset `mini`,
+shows it live, and scores the best trials on tasks that no trial has seen. Ctrl-C stops everything; a second run goes
+on with the same study. All it knows of the server it learns over REST, like anybody else.
 """
 
 from __future__ import annotations
@@ -12,52 +12,62 @@ import os
 import shutil
 import signal
 import socket
-import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Group, RenderableType
 from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
 
-from cli import output, presets, processes, settings
+from cli import demo_view, output, presets, processes, settings
 from hpo.errors import WhetstoneError
 
 if TYPE_CHECKING:
     import subprocess
 
+    from model.drawings import Dataset
     from workers.client import Client
 
 PRESET = "mini"
-FINISHED = ("complete", "infeasible", "pruned", "failed")
 HOME = Path(".whetstone")
+TOP = 3
 
 
 class DemoFailed(WhetstoneError):
     """A part of the demo ended by itself; the message holds the end of its log."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Parts:
-    """What runs while the demo does."""
+    """The processes that run while the demo does, and where they write."""
 
-    server: subprocess.Popen[str]
-    workers: list[subprocess.Popen[str]]
-    logs: Path
-    url: str
-    token: str
+    home: Path
+    running: dict[str, subprocess.Popen[str]] = field(default_factory=dict)
+
+    def log(self, name: str) -> Path:
+        return self.home / "logs" / f"{name}.log"
+
+    def start(self, name: str, arguments: list[str], env: dict[str, str]) -> subprocess.Popen[str]:
+        self.running[name] = processes.start(arguments, log=self.log(name), env=env)
+        return self.running[name]
 
     def check(self) -> None:
         """Raise `DemoFailed` if a part has died."""
-        for name, process in [("server", self.server), *((f"worker-{i + 1}", w) for i, w in enumerate(self.workers))]:
+        for name, process in self.running.items():
             if process.poll() is not None:
-                log = self.logs / f"{name}.log"
-                raise DemoFailed(f"the {name} ended with code {process.returncode}; {log} says:\n{processes.tail(log)}")
+                self.fail(name, process)
+
+    def fail(self, name: str, process: subprocess.Popen[str]) -> None:
+        log = self.log(name)
+        raise DemoFailed(f"the {name} ended with code {process.returncode}; {log} says:\n{processes.tail(log)}")
+
+    def stop(self, *, workers_only: bool = False) -> None:
+        """Workers first: they write a checkpoint and hand their trials back, for which the server must be up."""
+        for server in (False, True):
+            names = [name for name in self.running if (name == "server") == server]
+            if not (server and workers_only):
+                processes.stop([self.running.pop(name) for name in names])
 
 
 def demo(
@@ -70,51 +80,63 @@ def demo(
     """Run a whole study on this machine: server, two CPU workers, live progress, the best trials."""
     began = time.monotonic()
     home = settings.load().home_dir if os.environ.get("WHETSTONE_HOME") else HOME.absolute()
-    chosen = settings.load(home=home)
+    chosen = settings.load(home=home, artifacts=str(home / "artifacts"))
     _refuse_second(home)
     if fresh:
         _forget(home)
-    stopping = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: _interrupt(stopping))
-
-    output.out.print("[bold]Whetstone demo[/]: a study of the Siamese one-shot network, on this machine\n")
-    dataset = _prepare(chosen)
-    parts: Parts | None = None
-    from workers.client import Client
-
+    signal.signal(signal.SIGTERM, _interrupt)
+    parts = Parts(home)
     try:
-        server, url, token = _start_server(home)
-        parts = Parts(server, [], home / "logs", url, token)
-        with Client(url, token) as client:
-            study = _launch(client, trials)
-            _introduce(client, study, url)
-            if study["state"] not in ("finished", "stopped"):
-                for number in range(workers):
-                    parts.workers.append(_start_worker(home, number, url, token))
-                _watch(client, parts, study["study"])
-                processes.stop(parts.workers)
-            study = client.get(f"/api/v1/studies/{study['study']}")
-            result = _score(client, chosen, dataset, study)
-            result["seconds"] = round(time.monotonic() - began, 1)
-            result["coordinator_seconds"] = _coordinator_seconds(client)
-            _conclude(result, study, home, serving=serve)
-            if json_file:
-                json_file.write_text(json.dumps(result, indent=2) + "\n")
-            if serve:
-                _stay(client, parts)
+        _run(parts, chosen, began, json_file=json_file, serve=serve, workers=workers, trials=trials)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends us at once; the parts end with us
         output.say("\nStopping: running trials write a checkpoint. Run the demo again to go on with this study.")
         raise typer.Exit(130) from None
     finally:
-        if parts is not None:
-            processes.stop(parts.workers)
-            processes.stop([parts.server])
+        parts.stop()
 
 
-def _interrupt(stopping: threading.Event) -> None:
-    if not stopping.is_set():
-        stopping.set()
-        raise KeyboardInterrupt
+def _run(
+    parts: Parts,
+    chosen: settings.Settings,
+    began: float,
+    *,
+    json_file: Path | None,
+    serve: bool,
+    workers: int,
+    trials: int | None,
+) -> None:
+    from workers.client import Client
+
+    output.out.print("[bold]Whetstone demo[/]: tuning the Siamese one-shot network on this machine\n")
+    dataset = _prepare(chosen)
+    url, token = _start_server(parts)
+    with Client(url, token) as client:
+        study = _launch(client, trials)
+        output.out.print(f"  pages     {_sign_in_link(client)}   (opens once)", soft_wrap=True)
+        output.out.print(f"  files     {output.escape(os.path.relpath(parts.home))}/\n")
+        if study["state"] not in ("finished", "stopped"):
+            for number in range(1, workers + 1):
+                _start_worker(parts, number, url, token)
+            _watch(client, parts, study["study"])
+            parts.stop(workers_only=True)
+        study = client.get(f"/api/v1/studies/{study['study']}")
+        result = _score(client, chosen, dataset, study)
+        result["seconds"] = round(time.monotonic() - began, 1)
+        result["coordinator_seconds"] = _coordinator_seconds(client)
+        if json_file:
+            json_file.write_text(json.dumps(result, indent=2) + "\n")
+        _conclude(result, parts.home, serving=serve)
+        if serve:
+            output.out.print(f"The server stays up: {_sign_in_link(client)}   (opens once)", soft_wrap=True)
+            output.out.print("Ctrl-C stops it.")
+            while True:
+                parts.check()
+                time.sleep(0.3)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _refuse_second(home: Path) -> None:
@@ -130,15 +152,15 @@ def _forget(home: Path) -> None:
         shutil.rmtree(home / name, ignore_errors=True)
 
 
-def _prepare(chosen: settings.Settings) -> Any:
+def _prepare(chosen: settings.Settings) -> Dataset:
     """Load (the first time: pack) the data, so that no worker has to."""
     from model import dataset
 
     with output.err.status("Preparing the data ..."):
         loaded = dataset.load(28, source="auto", data_root=chosen.data_root, home=chosen.home_dir, notify=output.say)
-    shape = loaded.train.images.shape
+    characters, drawers = loaded.train.images.shape[:2]
     output.out.print(
-        f"  data      {loaded.name}: {shape[0]} characters x {shape[1]} drawers to train on, 28 x 28 pixels"
+        f"  data      {loaded.name}, {characters} characters x {drawers} drawers to train on, 28 x 28 pixels"
     )
     return loaded
 
@@ -154,37 +176,40 @@ def _free_port() -> str:
     return "8000"
 
 
-def _start_server(home: Path) -> tuple[subprocess.Popen[str], str, str]:
-    log = home / "logs" / "server.log"
-    process = processes.start(
+def _start_server(parts: Parts) -> tuple[str, str]:
+    process = parts.start(
+        "server",
         ["serve", "--host", "127.0.0.1", "--port", _free_port(), "--json"],
-        log=log,
         env={
-            "WHETSTONE_HOME": str(home),
+            "WHETSTONE_HOME": str(parts.home),
+            "WHETSTONE_ARTIFACTS": str(parts.home / "artifacts"),
             "WHETSTONE_LEASE_TERM_S": "10",
             "WHETSTONE_HEARTBEAT_S": "2",
             "DATABASE_URL": "",
         },
     )
     assert process.stdout is not None
-    try:
-        with output.err.status("Starting PostgreSQL and the server ..."):
-            line = process.stdout.readline()
-    except KeyboardInterrupt:
-        processes.stop([process])
-        raise
+    with output.err.status("Starting PostgreSQL and the server ..."):
+        line = process.stdout.readline()
     if not line:
         process.wait()
-        raise DemoFailed(f"the server did not start; {log} says:\n{processes.tail(log)}")
+        parts.running.pop("server")
+        parts.fail("server", process)
     said = json.loads(line)
-    return process, said["url"], said["token"]
+    return said["url"], said["token"]
 
 
-def _start_worker(home: Path, number: int, url: str, token: str) -> subprocess.Popen[str]:
-    return processes.start(
-        ["worker", "--name", f"demo-{number + 1}", "--device", "cpu", "--threads", "1"],
-        log=home / "logs" / f"worker-{number + 1}.log",
-        env={"WHETSTONE_HOME": str(home), "WHETSTONE_URL": url, "WHETSTONE_TOKEN": token, "OMP_NUM_THREADS": "1"},
+def _start_worker(parts: Parts, number: int, url: str, token: str) -> None:
+    parts.start(
+        f"worker-{number}",
+        ["worker", "--name", f"demo-{number}-{os.getpid()}", "--device", "cpu", "--threads", "1"],
+        env={
+            "WHETSTONE_HOME": str(parts.home),
+            "WHETSTONE_ARTIFACTS": str(parts.home / "artifacts"),
+            "WHETSTONE_URL": url,
+            "WHETSTONE_TOKEN": token,
+            "OMP_NUM_THREADS": "1",
+        },
     )
 
 
@@ -198,192 +223,98 @@ def _launch(client: Client, trials: int | None) -> dict[str, Any]:
                 item = client.patch(path, json={"budget": {"trials": trials}})
             if item["state"] == "paused":
                 item = client.patch(path, json={"state": "running"})
-            done = sum(item["counts"][state] for state in FINISHED)
-            output.out.print(
-                f"  study     {name!r} from an earlier run: {done} of {item['budget']['trials']} trials are done"
-            )
+            progress = f"{demo_view.finished(item)} of {item['budget']['trials']} trials are done"
+            output.out.print(f"  study     {name!r}, from an earlier run: {progress}")
             return dict(item)
     overrides: dict[str, Any] = {"budget": {"trials": trials}} if trials else {}
     made: dict[str, Any] = client.post("/api/v1/studies", json={"preset": PRESET, **overrides})
     dimensions = sum(len(parameter.get("labels") or [0]) for parameter in made["spec"]["space"])
     names = ", ".join(parameter["name"] for parameter in made["spec"]["space"])
-    output.out.print(
-        f"  study     {name!r}: {names} by layer, {dimensions} dimensions, {made['sampler'].upper()}, {made['budget']['trials']} trials"
-    )
+    how = f"{made['sampler'].upper()}, {made['budget']['trials']} trials"
+    output.out.print(f"  study     {name!r}: {names} by layer, {dimensions} dimensions, {how}")
     return made
 
 
-def _introduce(client: Client, study: dict[str, Any], url: str) -> None:
-    link = client.post("/api/v1/login-links")
-    output.out.print(f"  pages     {url}{link['path']}   (opens once)", soft_wrap=True)
-    output.out.print(
-        f"  PostgreSQL, the server and the workers keep everything in {output.escape(str(HOME))}\n"
-        if not os.environ.get("WHETSTONE_HOME")
-        else ""
-    )
+def _sign_in_link(client: Client) -> str:
+    return client.url + str(client.post("/api/v1/login-links")["path"])
 
 
 def _watch(client: Client, parts: Parts, study: int) -> None:
     """Show the study until it is finished."""
     from workers.client import ServerUnreachable
 
-    began, known, live_terminal = time.monotonic(), set[int](), output.out.is_terminal
     path = f"/api/v1/studies/{study}"
+    began, shown = time.monotonic(), set[int]()
     at_start: int | None = None
     with Live(console=output.out, refresh_per_second=4, transient=True) as live:
         while True:
             parts.check()
             try:
                 item = client.get(path)
-                running = client.get(f"{path}/trials", params={"state": "leased", "limit": 50})["items"]
-                for trial in _newly_finished(client, path, known):
-                    live.console.print(_line(trial, item))
+                trials = list(client.pages(f"{path}/trials"))
             except ServerUnreachable:
                 time.sleep(0.5)
                 continue
-            done = sum(item["counts"][state] for state in FINISHED)
-            at_start = done if at_start is None else at_start
-            if live_terminal:
-                live.update(_progress(item, running, done, done - at_start, time.monotonic() - began))
+            over = [t for t in trials if t["state"] in demo_view.FINISHED]
+            if at_start is None:
+                at_start = len(over)
+                shown.update(t["trial"] for t in over)
+            for trial in sorted((t for t in over if t["trial"] not in shown), key=lambda t: str(t["ended_at"])):
+                shown.add(trial["trial"])
+                live.console.print(demo_view.trial_line(trial, item))
+            running = [t for t in trials if t["state"] == "leased"]
+            elapsed, done = time.monotonic() - began, len(over) - at_start
+            left = ((item["budget"]["trials"] or 0) - len(over)) * elapsed / done if done else None
+            if output.out.is_terminal:
+                live.update(demo_view.progress(item, running, elapsed, left))
             if item["state"] == "finished" or (item["state"] == "stopped" and not running):
                 return
-            if item["state"] == "paused":
-                live.update(Text(f"The study is paused: {item['reason'] or 'resume it on its page'}", style="yellow"))
             time.sleep(0.5)
 
 
-def _newly_finished(client: Client, path: str, known: set[int]) -> list[dict[str, Any]]:
-    trials = client.pages(f"{path}/trials", params={"order": "number"})
-    new = [t for t in trials if t["state"] in FINISHED and t["trial"] not in known]
-    known.update(t["trial"] for t in new)
-    return sorted(new, key=lambda t: str(t["ended_at"]))
-
-
-def _line(trial: dict[str, Any], study: dict[str, Any]) -> str:
-    best = study["best"] and study["best"]["trial"] == trial["trial"]
-    why = f"  {trial['reason']}" if trial["reason"] and trial["state"] != "complete" else ""
-    return (
-        f"  trial {trial['trial']:>2}  {output.state(trial['state'])}  "
-        f"[bold]{output.value_of(trial, 'siamese'):>6}[/]  {output.seconds(trial['seconds'])}"
-        f"{'  [green]best so far[/]' if best else ''}[dim]{output.escape(why[:70])}[/]"
-    )
-
-
-def _progress(
-    item: dict[str, Any], running: list[dict[str, Any]], done: int, done_here: int, elapsed: float
-) -> RenderableType:
-    total = item["budget"]["trials"] or done
-    left = (total - done) * elapsed / done_here if done_here else None
-    head = Table.grid(padding=(0, 2))
-    head.add_row(
-        ProgressBar(total=total, completed=done, width=30),
-        f"[bold]{done}[/] of {total} trials done",
-        f"best so far [bold green]{output.value_of(item['best'], 'siamese')}[/]",
-        f"{output.seconds(elapsed)} gone, {'about ' + output.seconds(left) + ' left' if left is not None else 'estimating'}",
-    )
-    rows = Table.grid(padding=(0, 2))
-    for trial in sorted(running, key=lambda t: t["trial"]):
-        epoch = "starting" if trial["epoch"] is None else f"epoch {trial['epoch'] + 1}"
-        rows.add_row(
-            f"  trial {trial['trial']:>2}", output.state("running"), epoch, output.escape(trial["worker"] or "")
-        )
-    return Group(Text(), head, rows)
-
-
-def _score(client: Client, chosen: settings.Settings, dataset: Any, study: dict[str, Any]) -> dict[str, Any]:
+def _score(client: Client, chosen: settings.Settings, dataset: Dataset, study: dict[str, Any]) -> dict[str, Any]:
     """Score the best trials, and what to compare them with, on fresh validation tasks."""
     from cli.scoring import score_baselines, score_checkpoint
 
-    with output.err.status("Scoring the best trials on 2,000 fresh tasks ..."):
-        rows = []
-        for trial in client.get(f"/api/v1/studies/{study['study']}/best", params={"top": 3}):
-            detail = client.get(f"/api/v1/studies/{study['study']}/trials/{trial['trial']}")
-            if detail["checkpoint"] is None:
-                continue
-            folder = Path(chosen.artifacts_root) / detail["checkpoint"]
-            score = score_checkpoint(folder, dataset)
-            rows.append(
-                {
-                    "trial": trial["trial"],
-                    "value": trial["value"],
-                    "params": trial["params"],
-                    "checkpoint": str(folder),
-                    **score,
-                }
-            )
-        if not rows:
-            raise DemoFailed("no trial has learnt anything: look at the logs in .whetstone/logs, or run with --fresh")
-        baselines = score_baselines(dataset, "mini")
-    return {"best": rows[0], "top": rows, "baselines": baselines, "data": dataset.name, "trials": sum(study["counts"][s] for s in FINISHED), "counts": study["counts"], "study": study["study"]}  # fmt: skip
+    path = f"/api/v1/studies/{study['study']}"
+    rows = []
+    with output.err.status("Scoring the best trials on fresh tasks ..."):
+        for trial in client.get(f"{path}/best", params={"top": TOP}):
+            checkpoint = client.get(f"{path}/trials/{trial['trial']}")["checkpoint"]
+            if checkpoint is not None:
+                folder = Path(chosen.artifacts_root) / checkpoint
+                score = score_checkpoint(folder, dataset.validation)
+                known = {"trial": trial["trial"], "value": trial["value"], "params": trial["params"]}
+                rows.append({**known, **score, "checkpoint": str(folder)})
+        baselines = score_baselines(dataset.validation, "mini")
+    if not rows:
+        raise DemoFailed(
+            f"no trial has learnt anything: the logs are in {chosen.home_dir / 'logs'}; --fresh begins anew"
+        )
+    return {
+        "study": study["study"],
+        "data": dataset.name,
+        "trials": demo_view.finished(study),
+        "counts": study["counts"],
+        "best": rows[0],
+        "top": rows,
+        "baselines": baselines,
+    }
 
 
 def _coordinator_seconds(client: Client) -> float:
-    """CPU and waiting that the coordinator's calls took, summed, from /metrics."""
-    total = 0.0
-    for line in client.text("/metrics").splitlines():
-        if line.startswith("whetstone_coordinator_seconds_sum"):
-            total += float(line.rsplit(" ", 1)[1])
-    return round(total, 2)
-
-
-def _conclude(result: dict[str, Any], study: dict[str, Any], home: Path, *, serving: bool) -> None:
-    tasks = result["best"]["tasks"]
-    output.out.print(
-        f"\n[bold]The best of {result['trials']} trials[/], scored on {tasks:,} fresh 20-way validation tasks\n"
+    """Seconds that the coordinator's calls took in this run, summed, from /metrics."""
+    lines = client.text("/metrics").splitlines()
+    return round(
+        sum(float(l.rsplit(" ", 1)[1]) for l in lines if l.startswith("whetstone_coordinator_seconds_total")), 2
     )
-    labels = list(next(iter(result["best"]["params"].values())))
-    columns: list[str | tuple[str, str]] = [
-        "",
-        ("accuracy", "right"),
-        ("95% interval", "right"),
-        "",
-        *((l, "right") for l in labels),
-    ]
-    rows: list[list[str]] = []
-    for row in result["top"]:
-        for position, (name, values) in enumerate(row["params"].items()):
-            head = [
-                f"trial {row['trial']}",
-                f"[bold green]{output.percent(row['accuracy'])}[/]",
-                _interval(row["interval"]),
-            ]
-            rows.append(
-                [*(head if position == 0 else ["", "", ""]), name, *(output.show(values[label]) for label in labels)]
-            )
-        rows.append([""] * (4 + len(labels)))
-    names = {"untrained": "untrained network", "nearest_neighbour": "pixel 1-nearest neighbour", "chance": "chance"}
-    for key, name in names.items():
-        line = result["baselines"][key]
-        interval = _interval(line["interval"]) if "interval" in line else ""
-        rows.append([name, output.percent(line["accuracy"]), interval, "", *("" for _ in labels)])
-    output.out.print(output.table(None, columns, rows))
-    output.out.print(f"\n{result['trials']} trials in {output.seconds(result['seconds'])}. What next:\n")
-    where = _shell_home(home)
-    best = os.path.relpath(result["best"]["checkpoint"])
-    commands = [
-        (f"{where}.venv/bin/whetstone evaluate {best}", "score the best network again"),
-        (f"{where}.venv/bin/whetstone demo --trials {result['trials'] + 20}", "go on with this study"),
-        (f"{where}.venv/bin/whetstone serve", "browse it, launch studies of your own"),
-        (".venv/bin/whetstone data fetch", "get Omniglot, Lake's runs and MNIST")
-        if result["data"] != "omniglot"
-        else None,
-    ]
-    for entry in commands:
-        if entry and not (serving and entry[0].endswith("serve")):
-            output.out.print(f"  {output.escape(entry[0])}   [dim]# {entry[1]}[/]", soft_wrap=True)
+
+
+def _conclude(result: dict[str, Any], home: Path, *, serving: bool) -> None:
+    tasks = result["best"]["tasks"]
+    output.out.print(f"\n[bold]The best of {result['trials']} trials[/], on {tasks:,} fresh 20-way validation tasks\n")
+    output.out.print(demo_view.result_table(result))
+    output.out.print(f"\n{result['trials']} trials, {output.seconds(result['seconds'])}. What next:\n")
+    for command, what in demo_view.next_commands(result, home, serving=serving):
+        output.out.print(f"  {output.escape(command)}   [dim]# {what}[/]", soft_wrap=True)
     output.out.print()
-
-
-def _shell_home(home: Path) -> str:
-    return f"WHETSTONE_HOME={os.path.relpath(home)} "
-
-
-def _interval(bounds: list[float]) -> str:
-    return f"{100 * bounds[0]:.1f} to {100 * bounds[1]:.1f}"
-
-
-def _stay(client: Client, parts: Parts) -> None:
-    link = client.post("/api/v1/login-links")
-    output.out.print(f"The server stays up: {parts.url}{link['path']}   (opens once; Ctrl-C stops it)", soft_wrap=True)
-    while parts.server.poll() is None:
-        time.sleep(0.3)

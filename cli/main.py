@@ -1,4 +1,4 @@
-"""The `whetstone` command: it composes the coordinator, the API, the workers and the model, and is known to none of them.
+"""The `whetstone` command: it composes the coordinator, the API, the workers and the model; none of them knows it.
 
 Every sub-command imports its rooms when it runs, so that `whetstone --help` is quick and a worker's machine needs no
 Optuna. Exit codes: 0 done, 1 it could not be done (one line says why), 2 the input was wrong (every fault is named).

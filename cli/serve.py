@@ -73,7 +73,8 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         made.close()
         raise CannotListen(
-            f"cannot listen on {host}:{port} ({error.strerror or error}): choose another with --port, or --port 0 for a free one"
+            f"cannot listen on {host}:{port} ({error.strerror or error}): "
+            "choose another port with --port, or --port 0 for a free one"
         ) from None
     return made
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def open_store(settings: Settings, *, migrate: bool | None = None) -> Iterator[Engine]:
     """An engine on a migrated database, and whatever must run for it, until the block ends.
 
-    The embedded server is always migrated; one at DATABASE_URL only with `migrate=True`. With `settings.wait_s` a server
-    that does not answer, or is not migrated yet, is waited for. Raises `DatabaseUnavailable`.
+    The embedded server is always migrated; one at DATABASE_URL only with `migrate=True`. With `settings.wait_s` a
+    server that does not answer, or is not migrated yet, is waited for. Raises `DatabaseUnavailable`.
     """
     from hpo import database
     from hpo.embedded import EmbeddedPostgres, running

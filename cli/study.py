@@ -132,8 +132,9 @@ def show(study: StudyName, url: Url = None, token: Token = None, json: Json = Fa
             output.print_json(item)
             return
         counts = ", ".join(f"{n} {output.state(s)}" for s, n in item["counts"].items() if n)
-        output.out.print(f"[bold]{output.escape(item['name'])}[/] (study {item['study']}) is {output.state(item['state'])}"
-                         + (f": {output.escape(item['reason'])}" if item["reason"] else ""))  # fmt: skip
+        why = f": {output.escape(item['reason'])}" if item["reason"] else ""
+        title = f"[bold]{output.escape(item['name'])}[/] (study {item['study']})"
+        output.out.print(f"{title} is {output.state(item['state'])}{why}")
         budget = item["budget"]
         output.out.print(f"trials   {counts or 'none yet'}")
         output.out.print(

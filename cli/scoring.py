@@ -1,0 +1,62 @@
+"""Scores that commands print: a checkpoint on fresh one-shot tasks, and what to compare it with.
+
+Fresh means drawn with a seed that no study uses for its own validation tasks, so that choosing the best of many trials
+by a noisy score does not flatter the one that was chosen.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from model.drawings import Drawings
+    from model.evaluate import Score
+
+FRESH_SEED = 20150706
+TASKS = 2000
+WAY = 20
+
+
+def _row(score: Score) -> dict[str, Any]:
+    return {
+        "accuracy": score.accuracy,
+        "interval": list(score.interval),
+        "tasks": score.tasks,
+        "correct": score.correct,
+    }
+
+
+def score_checkpoint(
+    folder: Path,
+    drawings: Drawings,
+    *,
+    tasks: int = TASKS,
+    way: int = WAY,
+    seed: int = FRESH_SEED,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """One-shot accuracy of a checkpoint on tasks over `drawings`. Raises CheckpointError, DataError."""
+    from model import episode, evaluate
+
+    net, _, _ = evaluate.load(folder, device)
+    return _row(evaluate.one_shot(net, drawings, episode.draw(drawings, tasks, way, seed)))
+
+
+def score_baselines(
+    drawings: Drawings, net_name: str, *, tasks: int = TASKS, way: int = WAY, seed: int = FRESH_SEED
+) -> dict[str, Any]:
+    """Chance, pixel 1-nearest neighbour and the untrained network, on the same tasks."""
+    import torch
+
+    from model import baseline, episode, evaluate, geometry, init
+    from model.net import SiameseNet
+
+    episodes = episode.draw(drawings, tasks, way, seed)
+    net = SiameseNet(geometry.NETS[net_name])
+    init.initialise(net, "he", torch.Generator().manual_seed(seed))
+    return {
+        "untrained": _row(evaluate.one_shot(net, drawings, episodes)),
+        "nearest_neighbour": _row(evaluate.Score.of(baseline.nearest_neighbour(drawings, episodes))),
+        "chance": {"accuracy": baseline.chance(way)},
+    }
