@@ -1,12 +1,12 @@
 """Refuses state changes that another site made the browser send.
 
 A browser adds our cookie to requests that a stranger's page starts (SameSite=Strict stops most, but not those of a
-sibling subdomain or another port). So every unsafe request without an `Authorization` header has to prove that a page
+sibling subdomain or another port). So every unsafe request without a bearer token has to prove that a page
 of ours sent it: by `Sec-Fetch-Site: same-origin`, or, where the browser sends no such header (plain HTTP on a host
 other than localhost), by an `Origin` equal to the host that was asked. Neither can be set by a page's scripts.
 
-A request with an `Authorization` header is exempt: no browser adds that one by itself, and a script of another origin
-may not (CORS). So are requests under /api without a cookie, which are nobody's. The invariant: what this lets through
+A request with `Authorization: Bearer` is exempt: no browser adds that one by itself (it does add Basic, behind a proxy
+that asks for it), and a script of another origin may not (CORS). So are requests under /api without a cookie, which are nobody's. The invariant: what this lets through
 on the strength of a cookie was sent by this origin.
 """
 
@@ -26,7 +26,7 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 def refusal(request: Request) -> str | None:
     """Say why this request may not change anything, or None if it may."""
-    if request.method in SAFE_METHODS or "authorization" in request.headers:
+    if request.method in SAFE_METHODS or request.headers.get("authorization", "")[:7].lower() == "bearer ":
         return None
     if request.url.path.startswith("/api/") and "cookie" not in request.headers:
         return None

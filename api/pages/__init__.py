@@ -1,0 +1,1 @@
+"""The web pages: server-rendered templates over the coordinator, kept fresh by htmx. `mount.install` adds them."""

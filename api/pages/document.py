@@ -1,0 +1,96 @@
+"""Documents as people type them into a form: YAML or JSON in, YAML out.
+
+Whatever is typed, the answer is a mapping or `Invalid`: nesting and size are limited before anything is built, aliases
+are refused (a few lines of them unfold to gigabytes) and so are repeated keys, of which YAML silently keeps the last.
+What the mapping holds is for the coordinator to check, as it does for the REST route.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+from hpo.errors import Fault, Invalid
+
+MAX_CHARACTERS = 200_000
+MAX_DEPTH = 32
+_NUMBER = re.compile(
+    r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?"
+    r"|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that reads 1e-4 as a number (YAML 1.1 wants 1.0e-4), leaves dates as text and refuses repeated keys."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":timestamp"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(problem="this key stands here twice", problem_mark=key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789."))
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def read(text: str, at: str = "document") -> dict[str, Any]:
+    """One mapping from YAML or JSON text. Raises `Invalid`, whose faults say where, and never repeat the text."""
+    if len(text) > MAX_CHARACTERS:
+        raise Invalid([Fault(at, f"is longer than {MAX_CHARACTERS:,} characters")], "the document")
+    try:
+        _survey(text, at)
+        value = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        raise Invalid([Fault(_place(at, error), _problem(error))], "the document") from None
+    except (yaml.YAMLError, ValueError, OverflowError):  # a NUL, a surrogate, a number nothing can hold
+        raise Invalid([Fault(at, "is neither YAML nor JSON")], "the document") from None
+    if value is None:
+        raise Invalid([Fault(at, "is empty")], "the document")
+    if not isinstance(value, dict):
+        raise Invalid([Fault(at, "must be a mapping, such as `name: my-study`")], "the document")
+    return value
+
+
+def write(document: Any) -> str:
+    """YAML for reading and editing: keys in their order, the innermost lists and mappings on one line."""
+    return yaml.dump(document, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=100, allow_unicode=True)
+
+
+def _survey(text: str, at: str) -> None:
+    """Walk the events, which build nothing and do not recurse, before anything that does."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.AliasEvent):
+            raise Invalid([Fault(at, "uses an alias (*name); write the part out instead")], "the document")
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise Invalid([Fault(at, f"is nested more than {MAX_DEPTH} deep")], "the document")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+
+
+def _place(at: str, error: yaml.MarkedYAMLError) -> str:
+    mark = error.problem_mark or error.context_mark
+    return f"{at}, line {mark.line + 1}, column {mark.column + 1}" if mark else at
+
+
+def _problem(error: yaml.MarkedYAMLError) -> str:
+    """PyYAML's own words, unless they quote what was typed."""
+    problem = error.problem or "is neither YAML nor JSON"
+    return "is neither YAML nor JSON here" if "'" in problem and len(problem) > 80 else problem
