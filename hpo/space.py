@@ -188,7 +188,7 @@ def _listing(values: Sequence[object], most: int = 8) -> str:
 
 def yaml_hint(value: object) -> str:
     """YAML 1.1 reads 1e-4 as text: the commonest way for a number to arrive as a string."""
-    if isinstance(value, str) and len(value) <= 40:
+    if isinstance(value, str) and len(value) <= 40 and "e" in value.lower():
         try:
             float(value)
         except ValueError:

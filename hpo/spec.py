@@ -132,6 +132,22 @@ def parse(document: object, workloads: Mapping[str, Workload]) -> StudySpec:
     faults, readable = tidy(document)
     if not readable:
         raise Invalid(faults, what="the study")
+    return _read(document, workloads, faults)
+
+
+def load(stored: object) -> StudySpec:
+    """Read back what `dump` wrote, also after JSONB has kept it (which writes 1e20 out as an integer).
+
+    It was checked when the study was launched, so nothing is asked of workloads or of this machine.
+
+    Raises:
+        Invalid: it is not what `dump` writes.
+    """
+    return _read(stored, None, [])
+
+
+def _read(document: object, workloads: Mapping[str, Workload] | None, faults: list[Fault]) -> StudySpec:
+    """Read a document; without `workloads` it is trusted to have been checked against them."""
     form, more = read(StudyForm, document)
     given = document if isinstance(document, Mapping) else {}
     spotted = {fault.at for fault in faults}
@@ -141,14 +157,14 @@ def parse(document: object, workloads: Mapping[str, Workload]) -> StudySpec:
     space, space_faults = _space(given.get("space"))
     sampler, sampler_faults = _choice(SAMPLERS, given.get("sampler", "tpe"), "sampler")
     pruner, pruner_faults = _choice(PRUNERS, given.get("pruner", "none"), "pruner")
-    if sampler is not None:
+    if sampler is not None and workloads is not None:
         sampler_faults += _serves(sampler, space)
     if pruner is not None:
         pruner_faults += _halving_faults(pruner)
     part_faults = space_faults + sampler_faults + pruner_faults
     points, point_faults = _points(given.get("points", []), space)
     part_faults += point_faults
-    workload, workload_faults = _workload(given, workloads)
+    workload, workload_faults = (None, []) if workloads is None else _workload(given, workloads)
     settings = given.get("settings", {})
     if workload is not None and isinstance(settings, Mapping) and not _within("settings", faults):
         workload_faults += [

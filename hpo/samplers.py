@@ -1,0 +1,196 @@
+"""Samplers: TPE, GP, CMA-ES, random and quasi-Monte Carlo, each asked for one point at a time.
+
+A sampler is made anew for every trial, seeded by the study's seed and the trial's number, and whatever it must
+remember (the state of CMA-ES, the place in a Sobol sequence) stands in system attributes: so a coordinator that is
+restarted suggests what it would have suggested, and two coordinators agree. Samplers work on the reduced space, where
+a tied group is one dimension.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.samplers import (
+    BaseSampler,
+    CmaEsSampler,
+    GPSampler,
+    QMCSampler,
+    RandomSampler,
+    TPESampler,
+)
+from optuna.trial import FrozenTrial, TrialState
+
+from hpo.history import Entry, View, copy_of
+from hpo.space import SearchSpace
+from hpo.spec import Choice, StudySpec
+
+REDUNDANT = ("tpe:relative_params", "gp:relative_params")
+"""Attributes that tell other processes the parameters of a running trial before they are stored; ours are stored."""
+
+
+def derive(*entropy: int) -> int:
+    """Return a seed of 32 bits that depends on all of `entropy` (not negative)."""
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+
+# Once for the process, since a filter set around each call would be set and lost by other threads.
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+warnings.filterwarnings("ignore", message="Separable CMA-ES does not operate meaningfully", category=UserWarning)
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+
+def build(sampler: Choice, *, study_seed: int, seed: int) -> BaseSampler:
+    """Make one of Optuna's samplers.
+
+    Args:
+        sampler: its name and all its options.
+        study_seed: the same for all trials of a study: one scrambled sequence.
+        seed: this trial's.
+    """
+    options = dict(sampler.options)
+    if sampler.name == "tpe":
+        return TPESampler(seed=seed, **options)
+    if sampler.name == "gp":
+        options.pop("max_trials")
+        return GPSampler(seed=seed, warn_independent_sampling=False, **options)
+    if sampler.name == "cmaes":
+        # Choices are beyond CMA-ES: TPE picks each of them by itself, where random would learn nothing.
+        alone = TPESampler(seed=seed, multivariate=False)
+        return CmaEsSampler(seed=seed, independent_sampler=alone, warn_independent_sampling=False, **options)
+    if sampler.name == "qmc":
+        chance = RandomSampler(seed=seed)
+        return QMCSampler(
+            seed=derive(study_seed), independent_sampler=chance, warn_independent_sampling=False, **options
+        )
+    if sampler.name == "random":
+        return RandomSampler(seed=seed)
+    raise AssertionError(f"spec let the sampler {sampler.name!r} through")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A reduced point and what the sampler wants remembered with it."""
+
+    reduced: dict[str, Any]
+    trial_attributes: dict[str, Any]
+    study_attributes: dict[str, Any]
+
+
+class Session:
+    """One sampler asked for one trial; asked again, it gives another point."""
+
+    def __init__(
+        self,
+        spec: StudySpec,
+        name: str,
+        entries: Sequence[Entry],
+        study_attributes: Mapping[str, Any],
+        number: int,
+        seed: int,
+        fixed: Mapping[str, Any],
+    ) -> None:
+        self._spec = spec
+        self._fixed = {head: value for head, value in fixed.items() if head in spec.space.reduced}
+        self._sampler = build(spec.sampler, study_seed=spec.seed, seed=derive(seed, number))
+        pending = FrozenTrial(
+            number=number,
+            state=TrialState.RUNNING,
+            value=None,
+            datetime_start=None,
+            datetime_complete=None,
+            params={},
+            distributions={},
+            user_attrs={},
+            system_attrs={},
+            intermediate_values={},
+            trial_id=-1,
+        )
+        self._pending = pending
+        self._view = View(name, spec.direction, shown(spec, entries), pending, study_attributes)
+        self._study = optuna.Study("", self._view, sampler=self._sampler, pruner=optuna.pruners.NopPruner())
+        self._sampler.before_trial(self._study, pending)
+
+    def ask(self) -> Asked:
+        """Suggest one point of the reduced space; fixed dimensions keep their values."""
+        self._view.trial_attributes.clear()
+        reduced = self._ask()
+        kept = {key: value for key, value in self._view.trial_attributes.items() if not key.startswith(REDUNDANT)}
+        return Asked(reduced, kept, dict(self._view.study_attributes))
+
+    def _ask(self) -> dict[str, Any]:
+        space = self._spec.space
+        free = {name: distribution for name, distribution in space.reduced.items() if name not in self._fixed}
+        varying = {name: distribution for name, distribution in free.items() if not distribution.single()}
+        relative = self._sampler.sample_relative(self._study, self._pending, self._together(varying))
+        point = dict(self._fixed)
+        for name, distribution in free.items():
+            if name in relative:
+                point[name] = relative[name]
+            elif distribution.single():
+                point[name] = _only_value(distribution)
+            else:
+                point[name] = self._sampler.sample_independent(self._study, self._pending, name, distribution)
+        return {name: point[name] for name in space.reduced}
+
+    def _together(self, varying: dict[str, BaseDistribution]) -> dict[str, BaseDistribution]:
+        """Return the dimensions that this sampler draws jointly. They are told, not inferred from earlier trials."""
+        name = self._spec.sampler.name
+        if name == "random" or (name == "tpe" and not self._spec.sampler.options["multivariate"]):
+            return {}
+        if name == "cmaes":
+            return {k: v for k, v in varying.items() if not isinstance(v, CategoricalDistribution)}
+        return varying
+
+
+def _only_value(distribution: BaseDistribution) -> Any:
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices[0]
+    return distribution.low  # type: ignore[attr-defined]  # float and integer have it
+
+
+def shown(spec: StudySpec, entries: Sequence[Entry]) -> list[FrozenTrial]:
+    """Pick the trials that a sampler sees, in the form it needs.
+
+    Points outside of the space are left out, as are failed and cancelled trials. A trial that waits between two
+    attempts counts as running: its point is going to be evaluated. Constraints are shown where the study has an
+    infeasible trial and the sampler heeds them; then every complete trial has exactly one.
+    """
+    usable = [entry for entry in entries if entry.key is not None and entry.trial.state != TrialState.FAIL]
+    constrained = spec.sampler.name in ("tpe", "gp") and any(entry.infeasible for entry in usable)
+    if spec.sampler.name == "gp":
+        usable = _capped(spec, usable)
+    trials = []
+    for entry in usable:
+        trial = entry.marked if constrained else entry.plain
+        if trial.state == TrialState.WAITING:
+            trial = copy_of(trial, state=TrialState.RUNNING)
+        trials.append(trial)
+    return trials
+
+
+def _capped(spec: StudySpec, usable: Sequence[Entry]) -> list[Entry]:
+    """Keep the best and the newest trials, half each of what a Gaussian process can afford, and 64 running ones."""
+    most = int(spec.sampler.options["max_trials"])
+    complete = [entry for entry in usable if entry.trial.state == TrialState.COMPLETE]
+    running = [entry for entry in usable if not entry.trial.state.is_finished()]
+    if len(complete) > most:
+        sign = 1.0 if spec.direction == "minimize" else -1.0
+        ranked = sorted(complete, key=lambda entry: (entry.infeasible, sign * (entry.trial.value or 0.0)))
+        kept = {entry.trial.number for entry in ranked[: most // 2]}
+        for entry in reversed(complete):
+            if len(kept) == most:
+                break
+            kept.add(entry.trial.number)
+        complete = [entry for entry in complete if entry.trial.number in kept]
+    return complete + running[-64:]
+
+
+def reduce(space: SearchSpace, flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the dimensions of the reduced space that a (partial) flat point fixes."""
+    return {head: flat[name] for name, head in reversed(space.heads.items()) if name in flat}
