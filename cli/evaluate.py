@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,7 +46,7 @@ def evaluate(
         drawings, name = loaded.validation, f"{loaded.name}, validation alphabets"
         episodes = episode.draw(drawings, tasks, way, seed)
     score = evaluation.one_shot(net, drawings.to(device), episodes)
-    nearest = evaluation.Score.of(baseline.nearest_neighbour(drawings, episodes))
+    nearest = scoring.row(baseline.nearest_neighbour(drawings, episodes), len(episodes))
     result: dict[str, Any] = {
         "checkpoint": str(checkpoint),
         "tasks_from": name,
@@ -54,7 +55,7 @@ def evaluate(
         "correct": score.correct,
         "accuracy": score.accuracy,
         "interval": list(score.interval),
-        "nearest_neighbour": nearest.accuracy,
+        "nearest_neighbour": nearest["accuracy"],
         "chance": baseline.chance(episodes.way),
         "while_training": metrics.get("accuracy"),
     }
@@ -64,13 +65,13 @@ def evaluate(
     output.out.print(f"{score.tasks:,} {episodes.way}-way one-shot tasks ({name})\n")
     rows = [
         ["this network", f"[bold green]{output.percent(score.accuracy)}[/]", _bounds(score.interval)],
-        ["pixel 1-nearest neighbour", output.percent(nearest.accuracy), _bounds(nearest.interval)],
+        ["pixel 1-nearest neighbour", output.percent(nearest["accuracy"]), _bounds(nearest["interval"])],
         ["chance", output.percent(result["chance"]), ""],
     ]
     output.out.print(output.table(None, ["", ("accuracy", "right"), ("95% interval", "right")], rows))
 
 
-def _bounds(interval: tuple[float, float]) -> str:
+def _bounds(interval: Sequence[float]) -> str:
     return f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
 
 

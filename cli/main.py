@@ -11,7 +11,6 @@ import sys
 from importlib.metadata import version as package_version
 from typing import Annotated
 
-import click
 import typer
 
 from cli import output
@@ -72,14 +71,10 @@ def run(arguments: list[str]) -> int:
     from workers.client import ApiError
 
     try:
-        return int(register()(args=arguments, standalone_mode=False, prog_name="whetstone") or 0)
-    except click.exceptions.Exit as stop:
-        return stop.exit_code
-    except click.ClickException as error:
-        error.show()
-        return 2
-    except (click.Abort, KeyboardInterrupt):
-        output.say("Stopped.")
+        register()(args=arguments, prog_name="whetstone")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
+    except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `whetstone ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -93,6 +88,7 @@ def run(arguments: list[str]) -> int:
         faults = getattr(error, "faults", None)
         refuse(str(error), [str(fault) for fault in faults or ()])
         return 1 if faults is None else 2
+    return 0
 
 
 def fault_line(detail: object) -> str:
@@ -103,6 +99,8 @@ def fault_line(detail: object) -> str:
 
 def refuse(message: str, details: list[str]) -> None:
     """Print an error: one line, and the faults below it."""
+    if len(details) == 1:
+        message, details = details[0], []
     output.err.print(f"[bold red]whetstone:[/] {output.escape(message)}", soft_wrap=True)
     for detail in details:
         output.err.print(f"  {output.escape(detail)}", soft_wrap=True)

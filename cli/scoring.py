@@ -11,19 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from model.drawings import Drawings
-    from model.evaluate import Score
 
 FRESH_SEED = 20150706
 TASKS = 2000
 WAY = 20
 
 
-def _row(score: Score) -> dict[str, Any]:
+def row(correct: int, tasks: int) -> dict[str, Any]:
+    """A score as JSON: accuracy, Wilson's 95% interval, tasks, right answers."""
+    from model import baseline
+
     return {
-        "accuracy": score.accuracy,
-        "interval": list(score.interval),
-        "tasks": score.tasks,
-        "correct": score.correct,
+        "accuracy": correct / tasks,
+        "interval": list(baseline.interval(correct, tasks)),
+        "tasks": tasks,
+        "correct": correct,
     }
 
 
@@ -40,7 +42,8 @@ def score_checkpoint(
     from model import episode, evaluate
 
     net, _, _ = evaluate.load(folder, device)
-    return _row(evaluate.one_shot(net, drawings, episode.draw(drawings, tasks, way, seed)))
+    score = evaluate.one_shot(net, drawings, episode.draw(drawings, tasks, way, seed))
+    return row(score.correct, score.tasks)
 
 
 def score_baselines(
@@ -56,7 +59,7 @@ def score_baselines(
     net = SiameseNet(geometry.NETS[net_name])
     init.initialise(net, "he", torch.Generator().manual_seed(seed))
     return {
-        "untrained": _row(evaluate.one_shot(net, drawings, episodes)),
-        "nearest_neighbour": _row(evaluate.Score.of(baseline.nearest_neighbour(drawings, episodes))),
+        "untrained": row(evaluate.one_shot(net, drawings, episodes).correct, tasks),
+        "nearest_neighbour": row(baseline.nearest_neighbour(drawings, episodes), tasks),
         "chance": {"accuracy": baseline.chance(way)},
     }

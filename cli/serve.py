@@ -94,10 +94,10 @@ def _serve(
     import uvicorn
     from hpo.coordinator import Coordinator
     from hpo.expiry import Reaper
-    from hpo.tokens import Principal
 
     from api.app import create_app
     from api.auth import OneTimeLink
+    from hpo.tokens import Principal
     from model.spec import SiameseWorkload
 
     coordinator = Coordinator(

@@ -8,42 +8,36 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import AliasChoices, BeforeValidator, Field, ValidationError
+from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from hpo.errors import Fault, Invalid
 
-EmptyIsNone = BeforeValidator(lambda value: None if value == "" else value)
 DEFAULT_URL = "http://127.0.0.1:8000"
-
-
-def _env(name: str) -> AliasChoices:
-    return AliasChoices(name)
 
 
 class Settings(BaseSettings):
     """Every variable that Whetstone reads. docs/settings.md lists the same, and a test compares the two."""
 
-    model_config = SettingsConfigDict(env_ignore_empty=True, extra="ignore", populate_by_name=True)
+    model_config = SettingsConfigDict(env_ignore_empty=True, extra="ignore")
 
-    database_url: str | None = Field(None, validation_alias=_env("DATABASE_URL"))
-    data: Path | None = Field(None, validation_alias=_env("WHETSTONE_DATA"))
-    home: Path = Field(Path("~/.local/share/whetstone"), validation_alias=_env("WHETSTONE_HOME"))
-    artifacts: str | None = Field(None, validation_alias=_env("WHETSTONE_ARTIFACTS"))
-    url: Annotated[str | None, EmptyIsNone] = Field(None, validation_alias=_env("WHETSTONE_URL"))
-    token: Annotated[str | None, EmptyIsNone] = Field(None, validation_alias=_env("WHETSTONE_TOKEN"), repr=False)
+    database_url: str | None = Field(None, validation_alias="DATABASE_URL")
+    data: Path | None = Field(None, validation_alias="WHETSTONE_DATA")
+    home: Path = Field(Path("~/.local/share/whetstone"), validation_alias="WHETSTONE_HOME")
+    artifacts: str | None = Field(None, validation_alias="WHETSTONE_ARTIFACTS")
+    url: str | None = Field(None, validation_alias="WHETSTONE_URL")
+    token: str | None = Field(None, validation_alias="WHETSTONE_TOKEN", repr=False)
 
-    host: str = Field("127.0.0.1", validation_alias=_env("WHETSTONE_HOST"))
-    port: int = Field(8000, ge=0, le=65535, validation_alias=_env("WHETSTONE_PORT"))
-    public_url: str | None = Field(None, validation_alias=_env("WHETSTONE_PUBLIC_URL"))
-    admin_token: str | None = Field(None, min_length=16, validation_alias=_env("WHETSTONE_ADMIN_TOKEN"), repr=False)
-    worker_token: str | None = Field(None, min_length=16, validation_alias=_env("WHETSTONE_WORKER_TOKEN"), repr=False)
-    wait_s: float = Field(0.0, ge=0, le=3600, validation_alias=_env("WHETSTONE_WAIT_S"))
-    term_s: float = Field(30.0, ge=0.2, le=3600, validation_alias=_env("WHETSTONE_LEASE_TERM_S"))
-    heartbeat_s: float = Field(10.0, ge=0.05, le=1200, validation_alias=_env("WHETSTONE_HEARTBEAT_S"))
-    stall_s: float = Field(600.0, ge=1, le=86400, validation_alias=_env("WHETSTONE_STALL_S"))
+    host: str = Field("127.0.0.1", validation_alias="WHETSTONE_HOST")
+    port: int = Field(8000, ge=0, le=65535, validation_alias="WHETSTONE_PORT")
+    public_url: str | None = Field(None, validation_alias="WHETSTONE_PUBLIC_URL")
+    admin_token: str | None = Field(None, min_length=16, validation_alias="WHETSTONE_ADMIN_TOKEN", repr=False)
+    worker_token: str | None = Field(None, min_length=16, validation_alias="WHETSTONE_WORKER_TOKEN", repr=False)
+    wait_s: float = Field(0.0, ge=0, le=3600, validation_alias="WHETSTONE_WAIT_S")
+    term_s: float = Field(30.0, ge=0.2, le=3600, validation_alias="WHETSTONE_LEASE_TERM_S")
+    heartbeat_s: float = Field(10.0, ge=0.05, le=1200, validation_alias="WHETSTONE_HEARTBEAT_S")
+    stall_s: float = Field(600.0, ge=1, le=86400, validation_alias="WHETSTONE_STALL_S")
 
     @property
     def home_dir(self) -> Path:
@@ -62,8 +56,9 @@ class Settings(BaseSettings):
 
 def load(**overrides: object) -> Settings:
     """Read the environment. Raises `Invalid` that names each variable that is wrong, never its value."""
+    given = {str(Settings.model_fields[name].validation_alias): value for name, value in overrides.items()}
     try:
-        settings = Settings(**{name: value for name, value in overrides.items() if value is not None})  # type: ignore[arg-type]
+        settings = Settings(**{variable: value for variable, value in given.items() if value is not None})  # type: ignore[arg-type]
     except ValidationError as error:
         faults = [Fault(at=str(e["loc"][0]), fault=e["msg"]) for e in error.errors(include_input=False)]
         raise Invalid(faults, "the environment") from None

@@ -29,11 +29,11 @@ def train(
     """Train one network. Ctrl-C writes a checkpoint; the same command goes on from it, to the same result."""
     import torch
 
-    from model import dataset
+    from model import dataset, spec
     from model.checkpoint import Checkpoints
     from model.train import fit, load_recipe
 
-    config = load_recipe(recipe)
+    config = spec.config(*load_recipe(recipe))
     torch.set_num_threads(threads or os.cpu_count() or 1)
     place = device if device != "auto" else "cuda:0" if torch.cuda.is_available() else "cpu"
     chosen = settings.load()

@@ -1,0 +1,1 @@
+"""Studies ready to launch, one YAML file each; `cli.presets` reads them."""
