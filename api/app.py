@@ -83,6 +83,6 @@ def create_app(
 
 
 def _install_pages(app: FastAPI) -> None:
-    """The pages add their routes, static files, headers and cross-site guard; without them the REST API stands alone."""
+    """The pages add their routes, files, headers and cross-site guard; without them the REST API stands alone."""
     if importlib.util.find_spec("api.pages.mount") is not None:
         importlib.import_module("api.pages.mount").install(app)

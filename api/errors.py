@@ -17,7 +17,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from sqlalchemy import exc as database
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -54,7 +54,7 @@ class WrongContentType(WhetstoneError):
 
 
 class TooLarge(HTTPException):
-    """The body is larger than this server takes. (An HTTPException, so that FastAPI's own body reading lets it pass.)"""
+    """The body is larger than this server takes. An HTTPException, so that FastAPI's own body reading lets it pass."""
 
     def __init__(self, limit: int) -> None:
         super().__init__(413, f"the body is larger than {limit} bytes, which is the most this server takes")
@@ -225,7 +225,8 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            return await self.app(scope, receive, send)
+            await self.app(scope, receive, send)
+            return
         started = False
 
         async def watch(message: Message) -> None:
@@ -235,13 +236,12 @@ class Guard:
 
         try:
             await self.app(scope, receive, watch)
+        except ClientDisconnect:
+            return  # it left in the middle of its own request: nobody is there to answer
         except Exception as error:
-            request = Request(scope, receive)
-            response = crash(request, error)
-            if not started:  # otherwise the connection is cut by the server, and the client sees a torn answer
-                await response(scope, receive, send)
-            else:
+            if started:  # the server cuts the connection, and the client sees a torn answer
                 raise
+            await crash(Request(scope, receive), error)(scope, receive, send)
 
 
 def install(app: FastAPI) -> None:

@@ -1,8 +1,8 @@
 """What a request may look like before anybody believes a word of it.
 
-A body holds at most 1 MB, however it is sent, and is JSON that Postgres and every later reader can hold: finite numbers,
-integers of 64 bits, text without NUL and lone surrogates, no key twice, 64 levels deep. Faults are named with their
-place, all of them at once. The invariant: what `parse` returned without faults can be stored, and printed again.
+A body holds at most 1 MB, however it is sent, and is JSON that Postgres and every later reader can hold: finite
+numbers, integers of 64 bits, text without NUL and lone surrogates, no key twice, 64 levels deep. Faults are named with
+their place, all of them at once. The invariant: what `parse` returned without faults can be stored, and printed again.
 """
 
 from __future__ import annotations
@@ -180,12 +180,14 @@ class BodyLimit:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            return await self.app(scope, receive, send)
+            await self.app(scope, receive, send)
+            return
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if not declared.isdigit() or len(declared) > 18 or int(declared) > self.limit:
             error = TooLarge(self.limit)
             response = answer(Request(scope, receive), 413, "too_large", error.detail)
-            return await response(scope, receive, send)
+            await response(scope, receive, send)
+            return
         total = 0
 
         async def counted() -> Message:

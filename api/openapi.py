@@ -18,8 +18,8 @@ DESCRIPTION = """
 Send a token as `Authorization: Bearer TOKEN`; `whetstone token create` makes one. Each operation names in `x-role` the
 role it needs: `viewer` reads, `worker` also claims, reports and tells, `admin` does everything.
 
-Every failure has one shape: `{"error": {"code", "message", "details": [{"at", "fault"}]}}`. A POST that creates takes an
-`Idempotency-Key`, kept 24 h per token and address.
+Every failure has one shape: `{"error": {"code", "message", "details": [{"at", "fault"}]}}`. A POST that creates takes
+an `Idempotency-Key`, kept 24 h per token and address.
 """.strip()
 TEMPLATE = "#/components/schemas/{model}"
 

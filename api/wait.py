@@ -11,19 +11,20 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 from anyio import CapacityLimiter, to_thread
 from starlette.requests import Request
 
-from hpo.events import Listener
+from hpo.events import Event, Listener
 
 T = TypeVar("T")
 
 SLOW_THREADS = 8
 LOOK_AGAIN_S = 5.0
-"""How long a waiter trusts that it would have been woken."""
+"""How long a waiter trusts that it would have been woken; less while nothing is heard at all."""
+DEAF_S = 1.0
 GATHER_S = 0.2
 """How long a stream gathers news before it sends them: a burst of reports becomes one event of each kind."""
 STREAM_S = 600.0
@@ -41,17 +42,18 @@ class _Waiter:
         self.news: set[str] = set()
         self.bell = asyncio.Event()
 
-    def hear(self, kind: str, study: int | None) -> None:
-        if kind in self.kinds and (self.study is None or study is None or study == self.study):
-            self.news.add(kind)
+    def hear(self, event: Event) -> None:
+        if event.kind == "resync":
+            self.news |= self.kinds
+        elif event.kind in self.kinds and (self.study is None or event.study in (None, self.study)):
+            self.news.add(event.kind)
+        if self.news:
             self.bell.set()
 
     async def wait(self, seconds: float) -> set[str]:
         """News since the last call; empty when none came within `seconds`."""
-        try:
+        with suppress(TimeoutError):
             await asyncio.wait_for(self.bell.wait(), max(0.0, seconds))
-        except TimeoutError:
-            pass
         self.bell.clear()
         news, self.news = self.news, set()
         return news
@@ -87,13 +89,13 @@ class Waiting:
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._wake_all)
 
-    def _from_thread(self, kind: str, study: int | None) -> None:
+    def _from_thread(self, event: Event) -> None:
         if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._ring, kind, study)
+            self._loop.call_soon_threadsafe(self._ring, event)
 
-    def _ring(self, kind: str, study: int | None) -> None:
+    def _ring(self, event: Event) -> None:
         for waiter in self._waiters:
-            waiter.hear(kind, study)
+            waiter.hear(event)
 
     def _wake_all(self) -> None:
         for waiter in self._waiters:
@@ -127,7 +129,8 @@ class Waiting:
                     left = end - loop.time()
                     if found is not None or left <= 0 or self.closed or gone.done():
                         return found
-                    await waiter.wait(min(left, LOOK_AGAIN_S * random.uniform(0.8, 1.2)))
+                    heard = self._listener is not None and self._listener.connected
+                    await waiter.wait(min(left, (LOOK_AGAIN_S if heard else DEAF_S) * random.uniform(0.8, 1.2)))
                     if self.closed or gone.done():
                         return None
             finally:

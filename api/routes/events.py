@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterable
-from typing import Annotated
 
 from fastapi import APIRouter, Depends
 from fastapi.sse import EventSourceResponse, ServerSentEvent
@@ -31,7 +30,7 @@ def _room(waits: Waits) -> None:
     **needs("viewer", 404),
 )
 async def events(study: StudyId, waits: Waits) -> AsyncIterable[ServerSentEvent]:
-    """A stream of `trial`, `study` and `work` events, each with ``{"study": id}``. It ends after some minutes; reconnect."""
+    """A stream of `trial`, `study` and `work` events, each with ``{"study": id}``; it ends now and then: reconnect."""
     yield ServerSentEvent(event="hello", data={"study": study}, retry=2000)
     async for kinds in waits.news(study):
         for kind in sorted(kinds):
