@@ -15,7 +15,7 @@ import json
 import threading
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import sqlalchemy as sa
 from optuna.storages import BaseStorage
@@ -129,41 +129,35 @@ class History:
         self._cursor = max(self._seen, default=0)
         self._seen = {revision for revision in self._seen if revision > self._cursor - _LATE}
 
-    @property
-    def name(self) -> str:
-        """The study's name, as Optuna has it (after the first refresh)."""
-        return self._name
-
-    @property
-    def direction(self) -> StudyDirection:
-        return self._direction
-
-    @property
-    def study_attributes(self) -> dict[str, Any]:
-        """The study's system attributes."""
-        with self._lock:
-            return dict(self._attributes)
-
-    def entries(self, space: SearchSpace) -> list[Entry]:
-        """Return all trials in order of their numbers, each held against `space` (the study's, always the same)."""
+    def snapshot(self, space: SearchSpace) -> Snapshot:
+        """Return what the last refresh found, each trial held against `space` (the study's, always the same)."""
         with self._lock:
             for key, entry in list(self._entries.items()):
                 if not entry.checked:
                     self._entries[key] = entry.checked_by(space)
-            return sorted(self._entries.values(), key=lambda entry: entry.trial.number)
+            entries = sorted(self._entries.values(), key=lambda entry: entry.trial.number)
+            return Snapshot(self._name, self._direction, tuple(entries), dict(self._attributes))
 
-    def all_entries(self) -> list[Entry]:
-        """Return all trials in order of their numbers."""
-        with self._lock:
-            return sorted(self._entries.values(), key=lambda entry: entry.trial.number)
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A study at one moment.
+
+    Attributes:
+        name: as Optuna has it.
+        direction: Optuna's.
+        entries: all trials in order of their numbers, checked against the study's space.
+        attributes: the study's system attributes.
+    """
+
+    name: str
+    direction: StudyDirection
+    entries: tuple[Entry, ...]
+    attributes: Mapping[str, Any]
 
     def trial(self, number: int) -> FrozenTrial | None:
         """Return one trial by its number, or None."""
-        with self._lock:
-            for entry in reversed(self._entries.values()):
-                if entry.trial.number == number:
-                    return entry.trial
-        return None
+        return next((entry.trial for entry in reversed(self.entries) if entry.trial.number == number), None)
 
 
 def entry_of(trial: FrozenTrial) -> Entry:
@@ -225,21 +219,12 @@ class View(BaseStorage):
     other write raises `RuntimeError`.
     """
 
-    def __init__(
-        self,
-        name: str,
-        direction: StudyDirection | Literal["maximize", "minimize"],
-        trials: Iterable[FrozenTrial],
-        pending: FrozenTrial,
-        study_attributes: Mapping[str, Any],
-    ) -> None:
-        self._name = name
-        self._direction = StudyDirection[direction.upper()] if isinstance(direction, str) else direction
+    def __init__(self, snapshot: Snapshot, trials: Iterable[FrozenTrial], pending: FrozenTrial) -> None:
+        self._snapshot = snapshot
         others = (trial for trial in trials if trial.number != pending.number)
         self._trials = sorted([*others, pending], key=lambda trial: trial.number)
         self._by_id = {trial._trial_id: trial for trial in self._trials}
         self._pending = pending
-        self._stored_attributes = dict(study_attributes)
         self.trial_attributes: dict[str, Any] = {}
         self.study_attributes: dict[str, Any] = {}
 
@@ -255,19 +240,19 @@ class View(BaseStorage):
         return 0
 
     def get_study_name_from_id(self, study_id: int) -> str:
-        return self._name
+        return self._snapshot.name
 
     def get_study_directions(self, study_id: int) -> list[StudyDirection]:
-        return [self._direction]
+        return [self._snapshot.direction]
 
     def get_study_user_attrs(self, study_id: int) -> dict[str, Any]:
         return {}
 
     def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
-        return {**self._stored_attributes, **self.study_attributes}
+        return {**self._snapshot.attributes, **self.study_attributes}
 
     def get_all_studies(self) -> list[FrozenStudy]:
-        return [FrozenStudy(self._name, self._direction, {}, self.get_study_system_attrs(0), 0)]
+        return [FrozenStudy(self._snapshot.name, self._snapshot.direction, {}, self.get_study_system_attrs(0), 0)]
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
         if trial_id != self._pending._trial_id:

@@ -15,7 +15,7 @@ import optuna
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.history import Entry, History, View, copy_of
+from hpo.history import Entry, History, Snapshot, View, copy_of
 from hpo.spec import Choice, StudySpec
 
 RESOURCE = "whetstone:pruner_resource"
@@ -72,20 +72,22 @@ def should_prune(
         return Verdict(prune=False)
     if refresh:
         history.refresh()
-    stored = history.trial(number)
+    return judge(spec, history.snapshot(spec.space), number, reports)
+
+
+def judge(spec: StudySpec, snapshot: Snapshot, number: int, reports: Mapping[int, float] | None = None) -> Verdict:
+    """Do what `should_prune` does, on a study at one moment."""
+    stored = snapshot.trial(number)
     if stored is None:
         return Verdict(prune=False)
-    trial = copy_of(
-        stored, state=TrialState.RUNNING, intermediate_values={**stored.intermediate_values, **(reports or {})}
-    )
-    if not trial.intermediate_values:
+    values = {**stored.intermediate_values, **(reports or {})}
+    if not values:
         return Verdict(prune=False)
-    attributes = history.study_attributes
-    entries = history.all_entries()
-    resource, resolved = _resource(spec.pruner, attributes, entries)
-    view = View(history.name, spec.direction, _shown(spec.pruner, entries), trial, attributes)
+    trial = copy_of(stored, state=TrialState.RUNNING, intermediate_values=values)
+    resource, resolved = _resource(spec.pruner, snapshot)
+    view = View(snapshot, _shown(spec.pruner, snapshot.entries), trial)
     pruner = build(spec.pruner, resource)
-    study = optuna.Study(history.name, view, sampler=optuna.samplers.RandomSampler(seed=0), pruner=pruner)
+    study = optuna.Study(snapshot.name, view, sampler=optuna.samplers.RandomSampler(seed=0), pruner=pruner)
     prune = pruner.prune(study, trial)
     return Verdict(bool(prune), view.trial_attributes, {RESOURCE: resource} if resolved else {})
 
@@ -97,17 +99,17 @@ def _shown(pruner: Choice, entries: Sequence[Entry]) -> list[FrozenTrial]:
     ]
 
 
-def _resource(pruner: Choice, attributes: Mapping[str, Any], entries: Sequence[Entry]) -> tuple[int | None, bool]:
+def _resource(pruner: Choice, snapshot: Snapshot) -> tuple[int | None, bool]:
     """Resolve "auto" once, as Optuna does from the longest complete trial, and say whether that is news."""
     option = {"successive_halving": "min_resource", "hyperband": "max_resource"}.get(pruner.name)
     if option is None or pruner.options[option] != "auto":
         return None, False
-    known = attributes.get(RESOURCE)
+    known = snapshot.attributes.get(RESOURCE)
     if isinstance(known, int) and known >= 1:
         return known, False
     steps = [
         entry.trial.last_step
-        for entry in entries
+        for entry in snapshot.entries
         if entry.trial.state == TrialState.COMPLETE and not entry.infeasible and entry.trial.last_step is not None
     ]
     if not steps:

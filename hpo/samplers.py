@@ -26,7 +26,7 @@ from optuna.samplers import (
 )
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.history import Entry, View, copy_of
+from hpo.history import Entry, Snapshot, View, copy_of
 from hpo.space import SearchSpace
 from hpo.spec import Choice, StudySpec
 
@@ -88,9 +88,7 @@ class Session:
     def __init__(
         self,
         spec: StudySpec,
-        name: str,
-        entries: Sequence[Entry],
-        study_attributes: Mapping[str, Any],
+        snapshot: Snapshot,
         number: int,
         seed: int,
         fixed: Mapping[str, Any],
@@ -112,8 +110,8 @@ class Session:
             trial_id=-1,
         )
         self._pending = pending
-        self._view = View(name, spec.direction, shown(spec, entries), pending, study_attributes)
-        self._study = optuna.Study("", self._view, sampler=self._sampler, pruner=optuna.pruners.NopPruner())
+        self._view = View(snapshot, shown(spec, snapshot.entries), pending)
+        self._study = optuna.Study(snapshot.name, self._view, sampler=self._sampler, pruner=optuna.pruners.NopPruner())
         self._sampler.before_trial(self._study, pending)
 
     def ask(self) -> Asked:

@@ -9,27 +9,21 @@ point can be trained. `dump` writes a spec back as the document it came from, co
 from __future__ import annotations
 
 import importlib.util
-import re
 import secrets
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
 from enum import Enum
 from typing import Any, Final, Literal
 
 import numpy as np
 
 from hpo.document import (
-    PARAMETERS,
     PRUNERS,
     SAMPLERS,
     BudgetForm,
-    CategoricalForm,
     ChangeForm,
-    FloatForm,
     Form,
-    IntegerForm,
     StudyForm,
     TrialForm,
     read,
@@ -38,14 +32,13 @@ from hpo.document import (
     tidy,
 )
 from hpo.errors import Fault, Invalid
-from hpo.protocol import Point, Value, Workload
-from hpo.space import Flat, Group, Parameter, SearchSpace, join, same, show
+from hpo.parameters import read_space
+from hpo.protocol import Point, Workload
+from hpo.space import Flat, SearchSpace, show
 
 EXTERNAL = "external"
 """The workload of clients that evaluate an objective of their own; it has no settings to check."""
-MAX_DIMENSIONS = 256
 FEASIBILITY_PROBES = 64
-_LABEL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 
 
 class Unset(Enum):
@@ -154,7 +147,7 @@ def _read(document: object, workloads: Mapping[str, Workload] | None, faults: li
     faults += [fault for fault in more if fault.at not in spotted]
 
     # Each part is read by itself, so that a fault in one does not hide those of the others.
-    space, space_faults = _space(given.get("space"))
+    space, space_faults = read_space(given.get("space"))
     sampler, sampler_faults = _choice(SAMPLERS, given.get("sampler", "tpe"), "sampler")
     pruner, pruner_faults = _choice(PRUNERS, given.get("pruner", "none"), "pruner")
     if sampler is not None and workloads is not None:
@@ -334,147 +327,6 @@ def _halving_faults(pruner: Choice) -> list[Fault]:
     ):
         return [Fault("pruner.max_resource", "is below min_resource")]
     return []
-
-
-def _space(data: object) -> tuple[SearchSpace | None, list[Fault]]:
-    if not isinstance(data, list | tuple) or len(data) > MAX_DIMENSIONS:
-        return None, []  # its form has said so
-    faults: list[Fault] = []
-    parameters: list[Parameter] = []
-    names: dict[str, int] = {}
-    for place, entry in enumerate(data):
-        at = f"space[{place}]"
-        parameter, more = _parameter(entry, at)
-        faults += more
-        name = entry.get("name") if isinstance(entry, Mapping) else None
-        if isinstance(name, str):
-            if name in names:
-                faults.append(Fault(f"{at}.name", f"is the name of space[{names[name]}] already"))
-            names.setdefault(name, place)
-        if parameter is not None:
-            parameters.append(parameter)
-    dimensions = sum(len(parameter.flat_names) for parameter in parameters)
-    if dimensions > MAX_DIMENSIONS:
-        faults.append(Fault("space", f"has {dimensions} scalar dimensions; at most {MAX_DIMENSIONS} are allowed"))
-    return (None if faults or not parameters else SearchSpace(tuple(parameters))), faults
-
-
-def _parameter(entry: object, at: str) -> tuple[Parameter | None, list[Fault]]:
-    if not isinstance(entry, Mapping):
-        return None, [Fault(at, f"must be an object, not {show(entry)}")]
-    kind = entry.get("type")
-    if not isinstance(kind, str) or kind not in PARAMETERS:
-        verdict = f"there is no type {show(kind)}; " if "type" in entry else "is missing; "
-        return None, [Fault(f"{at}.type", verdict + suggest_name(kind, PARAMETERS))]
-    form, faults = read(PARAMETERS[kind], entry, at)
-    if form is None:
-        return None, faults
-    labels = tuple(form.labels or ())
-    faults += _duplicates(labels, f"{at}.labels", "label")
-    groups, more = _groups(form.tied, labels, f"{at}.tied")
-    faults += more
-    if isinstance(form, CategoricalForm):
-        faults += _choice_faults(form.choices, f"{at}.choices")
-    else:
-        faults += _bounds(form, at)
-    if faults:
-        return None, faults
-    if isinstance(form, CategoricalForm):
-        choices: tuple[Value, ...] = tuple(form.choices)
-        return Parameter(form.name, "categorical", choices=choices, labels=labels, groups=groups), []
-    return Parameter(form.name, form.type, form.low, form.high, form.log, form.step, (), labels, groups), []
-
-
-def _duplicates(values: Sequence[Value], at: str, what: str) -> list[Fault]:
-    """Find values that are one to Optuna, which looks a choice up by ==: 1, 1.0 and true cannot stand together."""
-    faults = []
-    for place, value in enumerate(values):
-        first = values.index(value)
-        if first < place:
-            other = values[first]
-            why = f"is the {what} of {at.rpartition('.')[2]}[{first}] already"
-            if not same(value, other):
-                why = f"{show(value)} cannot be told from {show(other)} in the same list: use text"
-            faults.append(Fault(f"{at}[{place}]", why))
-    return faults
-
-
-def _choice_faults(choices: Sequence[object], at: str) -> list[Fault]:
-    faults = []
-    for place, choice in enumerate(choices):
-        if not isinstance(choice, bool | int | float | str):
-            faults.append(Fault(f"{at}[{place}]", f"must be text, a number, true or false, not {show(choice)}"))
-        elif isinstance(choice, str) and len(choice) > 500:
-            faults.append(Fault(f"{at}[{place}]", "must have at most 500 characters"))
-    if faults:
-        return faults
-    return _duplicates([choice for choice in choices if isinstance(choice, bool | int | float | str)], at, "choice")
-
-
-def _bounds(form: FloatForm | IntegerForm, at: str) -> list[Fault]:
-    low, high, step = form.low, form.high, form.step
-    if low > high:
-        return [Fault(f"{at}.high", f"is {show(high)}, below low ({show(low)})")]
-    faults = []
-    if form.log and low <= 0:
-        faults.append(Fault(f"{at}.low", f"must be above 0 on a log scale, not {show(low)}"))
-    if form.log and step is not None and not (isinstance(form, IntegerForm) and step == 1):
-        faults.append(Fault(f"{at}.step", "does not go with log: leave one of them out"))
-    elif step is not None and low < high:
-        first, last, stride = Decimal(repr(low)), Decimal(repr(high)), Decimal(repr(step))
-        if stride > last - first:
-            faults.append(Fault(f"{at}.step", f"is larger than the range from {show(low)} to {show(high)}"))
-        elif (last - first) / stride > 2**53:
-            faults.append(Fault(f"{at}.step", "is too small for this range: leave it out"))
-        elif (last - first) % stride:
-            reached = first + stride * ((last - first) // stride)
-            top = show(float(reached) if isinstance(form, FloatForm) else int(reached))
-            faults.append(
-                Fault(f"{at}.step", f"does not divide the range: its highest value is {top}, not {show(high)}")
-            )
-    if isinstance(form, FloatForm) and low < high and not low < (low + high) / 2 < high:
-        faults.append(Fault(f"{at}.high", "is so near to low that no double lies between them"))
-    return faults
-
-
-def _groups(tied: object, labels: tuple[str, ...], at: str) -> tuple[tuple[Group, ...], list[Fault]]:
-    """Read `tied`: true ties all labels; an object must put every label into exactly one group."""
-    if tied is False:
-        return (), []
-    if tied is not True and not isinstance(tied, Mapping):
-        return (), [Fault(at, f"must be true, false or an object of groups of labels, not {show(tied)}")]
-    if not labels:
-        return (), [Fault(at, "only a vector can be tied: give it labels")]
-    if tied is True:
-        return (Group("", labels),), []
-    faults: list[Fault] = []
-    groups: list[Group] = []
-    owner: dict[str, object] = {}
-    for name, members in tied.items():
-        here = join(at, name)
-        if not isinstance(name, str) or not _LABEL.fullmatch(name):
-            faults.append(Fault(here, "a group's name must be 1-64 of A-Z a-z 0-9 _ . -, not beginning with . or -"))
-            continue
-        if not isinstance(members, list | tuple) or not members:
-            faults.append(Fault(here, f"must be a list of labels, not {show(members) if members else 'an empty one'}"))
-            continue
-        for place, label in enumerate(members):
-            if not isinstance(label, str) or label not in labels:
-                faults.append(
-                    Fault(f"{here}[{place}]", f"there is no label {show(label)}; {suggest_name(label, labels)}")
-                )
-            elif label in owner:
-                faults.append(Fault(f"{here}[{place}]", f"{label} is in the group {show(owner[label])} already"))
-            else:
-                owner[label] = name
-        if name in labels and list(members) != [name]:
-            faults.append(Fault(here, "is also a label: name the group otherwise"))
-        groups.append(Group(name, tuple(label for label in members if isinstance(label, str))))
-    missing = [label for label in labels if label not in owner]
-    if missing and not faults:
-        listing = ", ".join(missing[:8])
-        faults.append(Fault(at, f"misses {listing}: every label belongs to one group"))
-    return tuple(groups), faults
 
 
 def _points(data: object, space: SearchSpace | None) -> tuple[list[Flat], list[Fault]]:

@@ -8,7 +8,7 @@ transaction that numbers the trial.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import TrialState
 
 from hpo.errors import Conflict
-from hpo.history import Entry, History
+from hpo.history import Entry, History, Snapshot
 from hpo.protocol import Value, Workload
 from hpo.samplers import Asked, Session, derive, reduce
 from hpo.space import Flat, SearchSpace
@@ -91,15 +91,27 @@ def suggest(
     """
     if refresh:
         history.refresh()
+    return choose(spec, history.snapshot(spec.space), number, seed, fixed, workload)
+
+
+def choose(
+    spec: StudySpec,
+    snapshot: Snapshot,
+    number: int,
+    seed: int | None = None,
+    fixed: Mapping[str, Value] | None = None,
+    workload: Workload | None = None,
+) -> Suggestion:
+    """Do what `suggest` does, on a study at one moment."""
     space = spec.space
     given = _given(space, fixed or {})
-    search = _Search(spec, workload, history.entries(space), number, given)
+    search = _Search(spec, workload, snapshot.entries, number, given)
     if len(given) == len(space.names):
         if not search.feasible(given):
             raise NothingFeasible(f"this point can never be trained: {search.why()}")
         return stored(space, given)
     root = spec.seed if seed is None else seed
-    session = Session(spec, history.name, search.entries, history.study_attributes, number, root, reduce(space, given))
+    session = Session(spec, snapshot, number, root, reduce(space, given))
     asked = Asked({}, {}, {})
     for _ in range(SAMPLER_TRIES[spec.sampler.name]):
         asked = session.ask()
@@ -133,15 +145,15 @@ class _Search:
     """What makes a point acceptable: nobody has tried it, and it can be trained."""
 
     def __init__(
-        self, spec: StudySpec, workload: Workload | None, entries: list[Entry], number: int, given: Flat
+        self, spec: StudySpec, workload: Workload | None, entries: Sequence[Entry], number: int, given: Flat
     ) -> None:
-        self.entries = [entry for entry in entries if entry.trial.number != number]
+        others = [entry for entry in entries if entry.trial.number != number]
         self._spec = spec
         self._space = spec.space
         self._workload = workload
         self._given = given
-        self._tried = {entry.key for entry in self.entries if entry.key is not None and not entry.cancelled}
-        self._tried |= {key for entry in self.entries if (key := self._queued(entry)) is not None}
+        self._tried = {entry.key for entry in others if entry.key is not None and not entry.cancelled}
+        self._tried |= {key for entry in others if (key := self._queued(entry)) is not None}
         self._reasons: Counter[str] = Counter()
 
     def _queued(self, entry: Entry) -> tuple[Value, ...] | None:
