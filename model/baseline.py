@@ -1,4 +1,4 @@
-"""What a network is measured against: chance, and the nearest neighbour on bare pixels; and how sure a measurement is."""
+"""What a network is measured against (chance, the nearest neighbour on bare pixels), and how sure a measurement is."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def nearest_neighbour(drawings: Drawings, episodes: Episodes) -> int:
     correct = 0
     for start in range(0, len(episodes), _TASKS):
         some = slice(start, start + _TASKS)
-        # Sums of products of bytes stay below 2^53: float64 makes them exact, and equal images exactly tied. The query's
-        # own length is the same for all of a task, so it is left out.
+        # Sums of products of bytes stay below 2^53: float64 makes them exact, and equal images exactly tied. The
+        # query's own length is the same for all of a task, so it is left out.
         support = flat[episodes.support[some]].to(torch.float64)  # (t, N, P)
         query = flat[episodes.query[some]].to(torch.float64)  # (t, P)
         likeness = torch.bmm(support, query[:, :, None])[:, :, 0]
@@ -42,7 +42,7 @@ def nearest_neighbour(drawings: Drawings, episodes: Episodes) -> int:
 
 
 def interval(successes: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (Wilson 1927), by default at 95%: never outside [0, 1], sound near 0 and 1.
+    """Wilson's score interval of a proportion (1927), by default at 95%: never outside [0, 1], sound near 0 and 1.
 
     Without any trial nothing is known: (0, 1). Raises ValueError where successes are not within 0 to n.
     """
