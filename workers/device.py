@@ -22,7 +22,7 @@ class DeviceUnusable(Exception):
 
 @dataclass(frozen=True)
 class Device:
-    """`name` is torch's ("cpu", "cuda:0"), `id` what the coordinator knows it by ("" for a CPU), `title` for people."""
+    """`name` is torch's ("cpu", "cuda:0"), `id` the coordinator's ("cpu" or a UUID), `title` for people."""
 
     name: str
     id: str
@@ -31,7 +31,7 @@ class Device:
 
 
 def cpu() -> Device:
-    return Device("cpu", "", "cpu", _memory())
+    return Device("cpu", "cpu", "cpu", _memory())
 
 
 def cuda_devices() -> list[Device]:

@@ -121,15 +121,13 @@ class Worker:
         hello = WorkerHello(
             worker=self._name,
             host=platform.node()[:500],
-            devices=[device.id for device in allowed if device.id],
+            devices=[device.id for device in allowed],
             version=self._version,
             memory_bytes=allowed[0].memory_bytes,
         )
         said = False
         while True:
             place = WorkerPlace.model_validate(self._ask("/api/v1/workers", hello.model_dump(mode="json")))
-            if not hello.devices:
-                return allowed[0]
             for device in allowed:
                 if device.id == place.device:
                     return device
@@ -163,7 +161,7 @@ class Worker:
         """The next lease, and whether its answer came late. None after a long outage. Raises `Stopped`, `Rejected`."""
         request = ClaimRequest(
             worker=self._name,
-            device=place.id or place.name,
+            device=place.id,
             memory_bytes=place.memory_bytes,
             version=self._version,
             wait_s=MAX_WAIT_S,
@@ -236,10 +234,13 @@ def _version() -> str:
 
 def _log_to_stderr() -> None:
     """Lines for people, with times, on stderr; set up once, and not at all where the caller set up logging itself."""
-    ours = logging.getLogger("whetstone")
-    if not ours.handlers and not logging.getLogger().handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
-        ours.addHandler(handler)
-        ours.propagate = False
-    ours.setLevel(logging.INFO)
+    if logging.getLogger().handlers:
+        return
+    for name in ("whetstone", "model"):
+        ours = logging.getLogger(name)
+        ours.setLevel(logging.INFO)
+        if not ours.handlers:
+            handler = logging.StreamHandler(sys.stderr)
+            handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+            ours.addHandler(handler)
+            ours.propagate = False
