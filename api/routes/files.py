@@ -52,10 +52,11 @@ def resolve(root: Path | str, folder: str, name: str) -> Path:
     Raises:
         NotFound: it is not on this machine; the message says where to look.
     """
-    scheme = urlsplit(root).scheme if isinstance(root, str) else ""
+    address = urlsplit(str(root))
+    scheme = address.scheme if isinstance(root, str) else ""
     if len(scheme) > 1 and scheme != "file":
         raise NotFound(f"the artifacts are not on this machine but in a {scheme} store: fetch {folder}/{name} there")
-    local = Path(urlsplit(root).path if scheme == "file" else root).resolve()  # type: ignore[type-var, arg-type]
+    local = Path(address.path if scheme == "file" else root).resolve()
     path = (local / folder / name).resolve()
     if not path.is_relative_to(local) or not path.is_file():
         raise NotFound(

@@ -57,7 +57,7 @@ class Counted:
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
         self._registry = CollectorRegistry()
-        self._registry.register(self)  # type: ignore[arg-type]
+        self._registry.register(self)
         self._lock = threading.Lock()
         self._until = 0.0
         self._text = b""

@@ -29,7 +29,9 @@ BODIES: dict[str, bytes] = {
     "deep inside": b'{"settings": ' + b"[" * NESTED + b"]" * NESTED + b"}",
     "900 deep": b'{"settings": ' + b"[" * 900 + b"]" * 900 + b"}",
     "a key twice": b'{"worker": "w", "worker": "w", "name": "a", "name": "b"}',
-    "huge integer": b'{"token": 99999999999999999999, "seed": 99999999999999999999, "memory_bytes": 1' + b"0" * 5000 + b"}",
+    "huge integer": b'{"token": 99999999999999999999, "seed": 99999999999999999999, "memory_bytes": 1'
+    + b"0" * 5000
+    + b"}",
     "huge integer as text": b'{"token": "99999999999999999999", "outcome": "complete", "value": 1}',
     "huge integer as text, released": b'{"token": "99999999999999999999", "reason": "shutdown"}',
     "broken UTF-8": b'{"worker": "\xff\xfe"}',
@@ -112,14 +114,29 @@ def test_a_body_over_the_limit_is_refused_with_and_without_a_length(client: Test
 @pytest.mark.parametrize(("method", "path"), ROUTES)
 def test_a_body_of_another_type_is_refused(client: TestClient, method: str, path: str) -> None:
     for content_type in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
-        answer = client.request(method, address(path), content=b'{"worker": "w"}', headers={"Content-Type": content_type})
+        answer = client.request(
+            method, address(path), content=b'{"worker": "w"}', headers={"Content-Type": content_type}
+        )
         assert answer.status_code == 415, f"{content_type}: {answer.status_code}"
         check(answer)
 
 
 @pytest.mark.parametrize(("method", "path"), [each for each in ROUTES if "{" in each[1]])
 def test_a_bad_address_is_refused(client: TestClient, method: str, path: str) -> None:
-    bad = ["99999999999999999999", "9" * 5000, "-1", "NaN", "1e3", "%00", "1%00", "%ff", "%ed%a0%80", "hunter2!", "0x1", "%0a"]
+    bad = [
+        "99999999999999999999",
+        "9" * 5000,
+        "-1",
+        "NaN",
+        "1e3",
+        "%00",
+        "1%00",
+        "%ff",
+        "%ed%a0%80",
+        "hunter2!",
+        "0x1",
+        "%0a",
+    ]
     for field in ("study", "n", "lease", "worker"):
         if "{" + field + "}" not in path:
             continue
@@ -133,7 +150,19 @@ def test_no_query_however_bad_breaks_a_route(client: TestClient, method: str, pa
     if path.endswith("/events"):
         pytest.skip("takes no query, and streams")
     names = ("state", "order", "cursor", "limit", "name", "top", "format", "part")
-    values = ("%00", "%ff", "%ed%a0%80", "hunter2!", "-1", "99999999999999999999", "NaN", "1e999", "", "x" * 5000, "%F0%9F%9C%B2")
+    values = (
+        "%00",
+        "%ff",
+        "%ed%a0%80",
+        "hunter2!",
+        "-1",
+        "99999999999999999999",
+        "NaN",
+        "1e999",
+        "",
+        "x" * 5000,
+        "%F0%9F%9C%B2",
+    )
     for name in names:
         for value in values:
             answer = client.get(f"{address(path)}?{name}={value}")
@@ -172,7 +201,9 @@ def test_an_unknown_method_has_the_error_shape(client: TestClient, method: str, 
     check(answer)
 
 
-@pytest.mark.parametrize("path", ["/api/v1", "/api/v1/", "/api/v1/studies/", "/api/v2/studies", "/api/v1/studies/1/%2e%2e", "/hunter2"])
+@pytest.mark.parametrize(
+    "path", ["/api/v1", "/api/v1/", "/api/v1/studies/", "/api/v2/studies", "/api/v1/studies/1/%2e%2e", "/hunter2"]
+)
 def test_an_unknown_address_has_the_error_shape(client: TestClient, path: str) -> None:
     answer = client.get(path)
     assert answer.status_code == 404
@@ -180,7 +211,9 @@ def test_an_unknown_address_has_the_error_shape(client: TestClient, path: str) -
 
 
 @pytest.mark.parametrize("key", ["x" * 201, " ", "a b", "\u00e9", "a\tb"])
-@pytest.mark.parametrize("path", ["/api/v1/studies", "/api/v1/studies/1/trials", "/api/v1/studies/1/ask", "/api/v1/claims"])
+@pytest.mark.parametrize(
+    "path", ["/api/v1/studies", "/api/v1/studies/1/trials", "/api/v1/studies/1/ask", "/api/v1/claims"]
+)
 def test_an_idempotency_key_is_short_printable_ascii(client: TestClient, path: str, key: str) -> None:
     answer = client.post(path, json={"worker": "w"}, headers={"Idempotency-Key": key.encode("latin-1")})
     assert answer.status_code == 422
@@ -188,7 +221,9 @@ def test_an_idempotency_key_is_short_printable_ascii(client: TestClient, path: s
 
 
 def test_nan_in_a_spec_is_named_beside_its_other_faults(client: TestClient) -> None:
-    body = json.dumps(BRANIN | {"name": "other", "sampler": "anneal", "budget": {"trials": float("nan")}, "colour": "red"})
+    body = json.dumps(
+        BRANIN | {"name": "other", "sampler": "anneal", "budget": {"trials": float("nan")}, "colour": "red"}
+    )
     answer = client.post("/api/v1/studies", content=body, headers=JSON)
     assert answer.status_code == 422
     places = {each["at"] for each in answer.json()["error"]["details"]}

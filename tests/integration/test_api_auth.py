@@ -1,0 +1,185 @@
+"""Who may do what: 401 for strangers, 403 for a role too low, and no secret in any log."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+from fastapi import FastAPI
+from fastapi.routing import iter_route_contexts
+from fastapi.testclient import TestClient
+from sqlalchemy import Engine
+from starlette.requests import Request
+from starlette.responses import Response
+
+from api import auth
+from hpo import tokens
+from tests.integration.api_server import BRANIN, SECRETS, bearer, make_app, served
+
+RANK = ["viewer", "worker", "admin"]
+
+
+def routes_and_roles() -> list[tuple[str, str, str]]:
+    app = make_app(None)  # type: ignore[arg-type]  # composing an app opens nothing
+    return [
+        (method, route.path or "", (route.openapi_extra or {})["x-role"])
+        for route in iter_route_contexts(app.routes)
+        if (route.path or "").startswith("/api/v1")
+        for method in sorted(route.methods or ())
+    ]
+
+
+ROUTES = routes_and_roles()
+
+
+@pytest.fixture(scope="module")
+def app(module_engine: Engine) -> FastAPI:
+    return make_app(module_engine)
+
+
+@pytest.fixture(scope="module")
+def client(app: FastAPI) -> Iterator[TestClient]:
+    with TestClient(app) as made:
+        yield made
+
+
+def send(client: TestClient, method: str, path: str, headers: dict[str, str]) -> Response:
+    address = path.format(study=999, n=0, lease=999, worker="w")
+    return client.request(method, address, headers=headers)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(("method", "path", "role"), ROUTES)
+def test_a_stranger_is_told_how_to_authenticate(client: TestClient, method: str, path: str, role: str) -> None:
+    for headers in ({}, {"Authorization": "Bearer wst_nobody"}, {"Cookie": f"{auth.COOKIE}=wss_nobody"}):
+        answer = send(client, method, path, headers)
+        assert answer.status_code == 401
+        assert answer.headers["www-authenticate"].startswith("Bearer")
+        assert answer.json()["error"]["code"] == "unauthenticated"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("method", "path", "role"), ROUTES)
+def test_each_role_reaches_as_far_as_it_says_and_no_further(
+    client: TestClient, method: str, path: str, role: str
+) -> None:
+    for who in RANK:
+        answer = send(client, method, path, bearer(who))
+        if RANK.index(who) < RANK.index(role):
+            assert answer.status_code == 403
+            message = answer.json()["error"]["message"]  # type: ignore[attr-defined]
+            assert role in message
+            assert who in message
+        else:
+            assert answer.status_code not in (401, 403)
+
+
+def test_who_may_do_what_is_as_designed() -> None:
+    by_role = {role: {f"{m} {p.removeprefix('/api/v1')}" for m, p, r in ROUTES if r == role} for role in RANK}
+    assert by_role["worker"] == {
+        "POST /claims", "POST /workers", "POST /studies/{study}/ask",
+        "POST /leases/{lease}/report", "POST /leases/{lease}/tell", "POST /leases/{lease}/release",
+    }  # fmt: skip
+    assert by_role["admin"] == {
+        "POST /studies", "PATCH /studies/{study}", "DELETE /studies/{study}", "POST /studies/{study}/trials",
+        "POST /studies/{study}/trials/{n}/cancel", "POST /studies/{study}/trials/{n}/requeue",
+        "POST /workers/{worker}/drain",
+    }  # fmt: skip
+    assert all(each.startswith("GET ") for each in by_role["viewer"])
+
+
+def test_authentication_comes_before_the_body_is_judged(client: TestClient) -> None:
+    answer = client.post("/api/v1/studies", content=b"not json", headers={"Content-Type": "text/plain"})
+    assert answer.status_code == 401
+
+
+def test_a_stored_token_works_until_it_is_revoked(client: TestClient, module_engine: Engine) -> None:
+    token, secret = tokens.create(module_engine, "reader", "viewer")
+    headers = {"Authorization": f"Bearer {secret}"}
+    assert client.get("/api/v1/studies", headers=headers).status_code == 200
+    assert client.get("/api/v1/studies", headers={"Authorization": f"bearer  {secret}"}).status_code == 200
+    assert client.post("/api/v1/studies", json=BRANIN, headers=headers).status_code == 403
+    tokens.revoke(module_engine, token)
+    assert client.get("/api/v1/studies", headers=headers).status_code == 401
+
+
+def test_a_cookie_reads_and_changes_nothing(client: TestClient, app: FastAPI) -> None:
+    session = app.state.auth.sign_in(SECRETS["admin"])
+    cookie = {"Cookie": f"{auth.COOKIE}={session}", "Sec-Fetch-Site": "same-origin"}
+    assert client.get("/api/v1/studies", headers=cookie).status_code == 200
+    refused = client.post("/api/v1/studies", json=BRANIN | {"name": "by cookie"}, headers=cookie)
+    assert refused.status_code == 401
+    assert "Bearer" in refused.json()["error"]["message"]
+    names = {each["name"] for each in client.get("/api/v1/studies", headers=cookie).json()["items"]}
+    assert "by cookie" not in names
+
+
+def test_a_wrong_bearer_token_is_not_rescued_by_a_cookie(client: TestClient, app: FastAPI) -> None:
+    session = app.state.auth.sign_in(SECRETS["admin"])
+    headers = {"Cookie": f"{auth.COOKIE}={session}", "Authorization": "Bearer wst_wrong"}
+    assert client.get("/api/v1/studies", headers=headers).status_code == 401
+
+
+def test_a_session_has_its_tokens_role_and_ends_with_it(
+    client: TestClient, app: FastAPI, module_engine: Engine
+) -> None:
+    token, secret = tokens.create(module_engine, "reader", "viewer")
+    session = app.state.auth.sign_in(secret)
+    request = Request({"type": "http", "headers": [(b"cookie", f"{auth.COOKIE}={session}".encode())], "app": app})
+    principal = auth.principal_of(request)
+    assert principal is not None
+    assert principal.role == "viewer"
+    tokens.revoke(module_engine, token)
+    assert auth.principal_of(request) is None
+
+
+def test_signing_out_ends_the_session(app: FastAPI) -> None:
+    session = app.state.auth.sign_in(SECRETS["worker"])
+    assert app.state.auth.cookie(session).role == "worker"
+    app.state.auth.sign_out(session)
+    assert app.state.auth.cookie(session) is None
+
+
+def test_an_unknown_token_opens_no_session(app: FastAPI) -> None:
+    assert app.state.auth.sign_in("wst_nobody") is None
+    assert app.state.auth.sign_in("") is None
+
+
+def test_the_one_time_link_opens_one_admin_session(module_engine: Engine) -> None:
+    link = auth.OneTimeLink()
+    made = make_app(module_engine, one_time=link).state.auth
+    assert made.sign_in_once("a wrong guess \udcff") is None
+    session = made.sign_in_once(link.secret)
+    assert made.cookie(session).role == "admin"
+    assert made.sign_in_once(link.secret) is None
+
+
+def test_a_one_time_link_that_was_left_lying_is_dead() -> None:
+    assert not (link := auth.OneTimeLink(lifetime_s=-1.0)).redeem(link.secret)
+
+
+@pytest.mark.parametrize(("scheme", "secure"), [("http", False), ("https", True)])
+def test_the_cookie_is_out_of_reach_of_scripts_and_other_sites(scheme: str, secure: bool) -> None:
+    request = Request({"type": "http", "scheme": scheme, "path": "/", "headers": [], "server": ("localhost", 80)})
+    response = Response()
+    auth.set_session(request, response, "wss_secret")
+    parts = {part.strip().lower() for part in response.headers["set-cookie"].split(";")}
+    assert {"httponly", "samesite=strict", "path=/"} <= parts
+    assert ("secure" in parts) is secure
+
+
+def test_no_log_line_holds_a_secret(module_engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    import httpx2
+
+    link = auth.OneTimeLink()
+    app = make_app(module_engine, one_time=link)
+    with caplog.at_level(logging.DEBUG), served(app) as (url, _):
+        with httpx2.Client(base_url=url) as client:
+            client.get(link.path)
+            client.get(f"/nowhere?{auth.ONE_TIME_QUERY}={link.secret}")
+            client.get("/api/v1/studies", headers=bearer("admin"))
+            client.get("/api/v1/studies", headers={"Authorization": "Bearer wst_a-wrong-one"})
+            client.post("/api/v1/studies", content=b"{", headers=bearer("admin") | {"Content-Type": "application/json"})
+    ours = [each.getMessage() for each in caplog.records if not each.name.startswith(("httpx", "httpcore"))]
+    assert any("GET /nowhere" in line for line in ours), "the access log was not seen at all"
+    for secret in (link.secret, SECRETS["admin"], "wst_a-wrong-one"):
+        assert not [line for line in ours if secret in line]

@@ -1,0 +1,196 @@
+"""Claims that wait and event streams, behind a real uvicorn: woken at once, holding nothing, ending with the server."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx2
+import pytest
+import sqlalchemy as sa
+from sqlalchemy import Engine
+
+from api import wait
+from tests.integration.api_server import BRANIN, SECRETS, bearer, make_app, served
+
+
+@pytest.fixture
+def server(engine: Engine) -> Iterator[tuple[str, Any]]:
+    app = make_app(engine)
+    with served(app) as (url, _):
+        until(lambda: app.state.waiting._listener.connected)
+        yield url, app
+
+
+def until(true: Callable[[], Any], seconds: float = 15.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "this did not become true in time"
+        time.sleep(0.02)
+
+
+def client(url: str, role: str = "admin") -> httpx2.Client:
+    limits = httpx2.Limits(max_connections=None)
+    return httpx2.Client(base_url=url + "/api/v1/", headers=bearer(role), timeout=30.0, limits=limits)
+
+
+def test_a_waiting_claim_is_answered_as_soon_as_there_is_work(server: tuple[str, Any]) -> None:
+    url, app = server
+    with client(url) as http, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(http.post, "claims", json={"worker": "w", "wait_s": 20})
+        until(lambda: app.state.waiting.waiters == 1)
+        time.sleep(0.5)
+        assert not waiting.done()
+        began = time.monotonic()
+        assert http.post("studies", json=BRANIN).status_code == 201
+        answer = waiting.result(20)
+        assert answer.status_code == 200
+        assert time.monotonic() - began < wait.LOOK_AGAIN_S * 0.8, "it was found by looking again, not by being woken"
+    until(lambda: app.state.waiting.waiters == 0)
+
+
+def test_a_claim_waits_as_long_as_it_said(server: tuple[str, Any]) -> None:
+    url, _ = server
+    with client(url) as http:
+        began = time.monotonic()
+        answer = http.post("claims", json={"worker": "w", "wait_s": 1.5})
+        assert answer.status_code == 204
+        assert 1.4 <= time.monotonic() - began < 10
+        assert http.post("claims", json={"worker": "w", "wait_s": 21}).status_code == 422
+
+
+def test_a_hundred_waiting_claims_and_streams_hold_neither_threads_nor_connections(
+    server: tuple[str, Any], engine: Engine
+) -> None:
+    url, app = server
+    with client(url) as http:
+        study = http.post("studies", json=BRANIN | {"budget": {"trials": 1}}).json()["study"]
+        lease = http.post("claims", json={"worker": "w"}).json()
+        threads = threading.active_count()
+        streams = [http.send(http.build_request("GET", f"studies/{study}/events"), stream=True) for _ in range(50)]
+        with ThreadPoolExecutor(50) as pool:
+            claims = [pool.submit(http.post, "claims", json={"worker": f"w{n}", "wait_s": 20}) for n in range(50)]
+            until(lambda: app.state.waiting.waiters >= 100)
+            until(lambda: engine.pool.checkedout() == 0)  # type: ignore[attr-defined]
+            # 50 of our own pool; the server's may have grown to answer the claims' first look, by the slow lane only
+            assert threading.active_count() - threads - 50 <= wait.SLOW_THREADS + 40
+            began = time.monotonic()
+            report = http.post(f"leases/{lease['lease']}/report", json={"token": lease["token"], "reports": []})
+            assert report.json()["verdict"] == "go_on"
+            assert time.monotonic() - began < 3.0
+            app.state.waiting.close()
+            assert {each.result(20).status_code for each in claims} == {204}
+        for stream in streams:
+            stream.read()
+
+
+def test_a_claim_whose_client_has_gone_takes_no_trial(server: tuple[str, Any]) -> None:
+    url, app = server
+    with client(url) as http:
+        with pytest.raises(httpx2.TimeoutException):
+            http.post("claims", json={"worker": "gone", "wait_s": 20}, timeout=0.5)
+        until(lambda: app.state.waiting.waiters == 0)
+        study = http.post("studies", json=BRANIN).json()["study"]
+        time.sleep(0.5)
+        assert http.get(f"studies/{study}").json()["counts"]["leased"] == 0
+
+
+def lines(stream: httpx2.Response) -> Iterator[tuple[str, Any]]:
+    event = ""
+    for line in stream.iter_lines():
+        if line.startswith("event:"):
+            event = line.partition(":")[2].strip()
+        elif line.startswith("data:"):
+            yield event, json.loads(line.partition(":")[2])
+
+
+def test_a_stream_tells_what_changed_in_its_study_and_nothing_of_others(server: tuple[str, Any]) -> None:
+    url, _ = server
+    with client(url) as http:
+        study = http.post("studies", json=BRANIN).json()["study"]
+        other = http.post("studies", json=BRANIN | {"name": "other"}).json()["study"]
+        with http.stream("GET", f"studies/{study}/events", headers=bearer("viewer")) as stream:
+            assert stream.headers["content-type"].startswith("text/event-stream")
+            heard = lines(stream)
+            assert next(heard) == ("hello", {"study": study})
+            http.patch(f"studies/{other}", json={"state": "paused"})
+            http.patch(f"studies/{study}", json={"state": "paused"})
+            assert next(heard) == ("study", {"study": study})
+        assert http.get("studies/999/events").status_code == 404
+
+
+def test_a_burst_becomes_one_event(server: tuple[str, Any]) -> None:
+    url, app = server
+    with client(url) as http:
+        study = http.post("studies", json=BRANIN).json()["study"]
+        lease = http.post("claims", json={"worker": "w"}).json()
+        with http.stream("GET", f"studies/{study}/events") as stream:
+            heard = lines(stream)
+            next(heard)
+            for epoch in range(10):
+                report = {"token": lease["token"], "reports": [{"epoch": epoch, "value": 1.0}]}
+                http.post(f"leases/{lease['lease']}/report", json=report)
+            tell = {"token": lease["token"], "outcome": "complete", "value": 1.0}
+            http.post(f"leases/{lease['lease']}/tell", json=tell)
+            time.sleep(1.0)
+            app.state.waiting.close()
+            kinds = [kind for kind, _ in heard]
+    assert "trial" in kinds
+    assert kinds.count("trial") < 11, "every report became an event of its own"
+
+
+def test_a_stream_works_with_the_session_cookie(server: tuple[str, Any]) -> None:
+    url, app = server
+    with client(url) as http:
+        study = http.post("studies", json=BRANIN).json()["study"]
+    session = app.state.auth.sign_in(SECRETS["viewer"])
+    address = f"{url}/api/v1/studies/{study}/events"
+    with httpx2.stream("GET", address, headers={"Cookie": f"whetstone_session={session}"}) as stream:
+        assert stream.status_code == 200
+        assert next(lines(stream))[0] == "hello"
+
+
+def test_waiting_survives_a_lost_listen_connection(server: tuple[str, Any], engine: Engine) -> None:
+    url, app = server
+    with client(url) as http, ThreadPoolExecutor(1) as pool:
+        with engine.connect() as connection:
+            cut = sa.text(
+                "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
+                " WHERE application_name = 'whetstone listener' AND datname = current_database()"
+            )
+            assert connection.execute(cut).scalar_one() == 1, "one LISTEN connection a process"
+        waiting = pool.submit(http.post, "claims", json={"worker": "w", "wait_s": 20})
+        until(lambda: app.state.waiting.waiters == 1)
+        assert http.post("studies", json=BRANIN).status_code == 201
+        assert waiting.result(20).status_code == 200
+
+
+def test_a_server_that_ends_does_not_wait_for_those_who_wait(engine: Engine) -> None:
+    app = make_app(engine)
+    with ThreadPoolExecutor(2) as pool:
+        with served(app) as (url, _):
+            http = client(url)
+            study = http.post("studies", json=BRANIN | {"budget": {"trials": 1}}).json()["study"]
+            http.post("claims", json={"worker": "w"})
+            stream = pool.submit(lambda: client(url).get(f"studies/{study}/events").read())
+            claim = pool.submit(http.post, "claims", json={"worker": "v", "wait_s": 20})
+            until(lambda: app.state.waiting.waiters == 2)
+            began = time.monotonic()
+        assert time.monotonic() - began < 5
+        assert claim.result(5).status_code == 204
+        assert b"hello" in stream.result(5)
+
+
+def test_a_client_that_leaves_ends_its_stream(server: tuple[str, Any]) -> None:
+    url, app = server
+    with client(url) as http:
+        study = http.post("studies", json=BRANIN).json()["study"]
+        with http.stream("GET", f"studies/{study}/events") as stream:
+            next(lines(stream))
+            until(lambda: app.state.waiting.waiters == 1)
+    until(lambda: app.state.waiting.waiters == 0)
+    assert app.state.waiting._streams == 0
