@@ -1,0 +1,143 @@
+"""What the coordinator has at hand: its engine, its storage, its terms, and what it knows of each study.
+
+Knowledge of a study (`Known`) is what never changes after its launch (spec, space, sampler, pruner) and its history in
+memory. State, budget and concurrency do change, so they are read from PostgreSQL each time. `Known.sampling` is held
+while a suggestion is made and stored: within one process no two suggestions of a study are made from the same history.
+Nothing that a tell or a report does ever takes that lock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import sqlalchemy as sa
+
+from hpo import statements
+from hpo.database import transaction
+from hpo.errors import Fault, Invalid, NotFound
+from hpo.history import History
+from hpo.protocol import Workload
+from hpo.space import MAX_INTEGER
+from hpo.spec import StudySpec, parse
+from hpo.storage import PostgresStorage
+
+log = logging.getLogger("whetstone")
+
+
+@dataclass
+class Known:
+    """One study, as this process knows it."""
+
+    study: int
+    spec: StudySpec
+    history: History
+    sampling: threading.Lock = field(default_factory=threading.Lock)
+    failures: int = 0
+    """Failures of the sampler in a row; touched under `sampling` only."""
+
+    def trial_seed(self, number: int) -> int:
+        """The seed of one trial: a function of the study's seed and the number, below 2^31."""
+        digest = hashlib.blake2b(f"{self.spec.seed}/{number}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") % 2**31
+
+
+class _AsStored:
+    """Stands in for a workload when a stored spec is read again: it was checked when it was launched."""
+
+    def check(self, settings: Mapping[str, Any]) -> tuple[Fault, ...]:
+        return ()
+
+    def feasible(self, point: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
+        return None
+
+
+class Desk:
+    """Shared by all calls of one coordinator; safe to use from many threads."""
+
+    def __init__(
+        self,
+        engine: sa.Engine,
+        workloads: Mapping[str, Workload],
+        *,
+        term_s: float,
+        heartbeat_s: float,
+        stall_s: float,
+    ) -> None:
+        self.engine = engine
+        self.workloads = dict(workloads)
+        self.term_s = term_s
+        self.heartbeat_s = heartbeat_s
+        self.stall_s = stall_s
+        self.storage = PostgresStorage(engine)
+        self._known: dict[int, Known] = {}
+        self._guard = threading.Lock()
+
+    def transaction(self) -> AbstractContextManager[sa.Connection]:
+        return transaction(self.engine)
+
+    def known(self, conn: sa.Connection, study: int) -> Known:
+        """Return what is known of a study.
+
+        Raises:
+            NotFound: there is no such study of ours.
+        """
+        found = self._known.get(study)
+        if found is not None:
+            return found
+        row = conn.execute(sa.text("SELECT spec, workload FROM whetstone.studies WHERE study_id = :s"), {"s": study})
+        stored = row.one_or_none()
+        if stored is None:
+            raise missing(study)
+        spec = parse(_as_floats(stored.spec), {stored.workload: _AsStored()})
+        with self._guard:
+            return self._known.setdefault(study, self.fresh(study, spec))
+
+    def fresh(self, study: int, spec: StudySpec) -> Known:
+        """Return knowledge of a study without remembering it: its launch may yet be rolled back."""
+        return Known(study, spec, History(self.engine, study))
+
+    def forget(self, study: int) -> None:
+        """Drop what is known of a study that was deleted."""
+        with self._guard:
+            self._known.pop(study, None)
+
+
+def _as_floats(stored: Any) -> Any:
+    """Return stored JSON with its large numbers as floats again: JSONB writes 1e20 out as an integer."""
+    if isinstance(stored, dict):
+        return {key: _as_floats(value) for key, value in stored.items()}
+    if isinstance(stored, list):
+        return [_as_floats(value) for value in stored]
+    return float(stored) if type(stored) is int and abs(stored) > MAX_INTEGER else stored
+
+
+def missing(study: int) -> NotFound:
+    return NotFound(f"there is no study {study}")
+
+
+def lock(conn: sa.Connection, study: int) -> sa.Row[Any]:
+    """Lock a study's row, then read in a new statement what may have changed before the lock was had.
+
+    Raises:
+        NotFound: there is no such study of ours.
+    """
+    conn.execute(statements.LOCK_STUDY, {"study": study})
+    row = conn.execute(statements.STUDY, {"study": study}).one_or_none()
+    if row is None:
+        raise missing(study)
+    return row
+
+
+def storable(text: str) -> str:
+    """Return text as PostgreSQL can hold it: without NUL and lone surrogates, which a traceback may well contain."""
+    return text.replace("\x00", "\ufffd").encode("utf-8", "replace").decode("utf-8")
+
+
+def one_fault(at: str, fault: str, what: str = "the request") -> Invalid:
+    return Invalid([Fault(at, fault)], what=what)

@@ -1,0 +1,164 @@
+"""Workers: who they are, which device is whose, and who is to go.
+
+A device (one UUID on one host) belongs to at most one live worker; a worker is live until it has been silent for two
+terms. Devices are given out under an advisory lock of their host, so two workers that start together never get the
+same. A drained worker finishes its trial and gets no further lease, until it introduces itself anew.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+
+from hpo import events
+from hpo.desk import Desk, storable
+from hpo.errors import NotFound
+from hpo.protocol import WorkerHello, WorkerPlace
+from hpo.tokens import Principal
+from hpo.views import WorkerView
+
+SILENT_TERMS = 2
+LISTED_HOURS = 24
+
+# One at a time on a host; two hosts whose names collide only wait for each other.
+LOCK_HOST = sa.text("SELECT pg_advisory_xact_lock(hashtextextended('whetstone:host:' || :host, 0))")
+
+# Devices of a host that other live workers have.
+TAKEN = sa.text("""
+    SELECT device FROM whetstone.workers
+    WHERE host = :host AND name <> :name AND device <> ''
+      AND last_seen > clock_timestamp() - make_interval(secs => :silent_s)
+""")
+
+# A worker introduces itself: what it was before is forgotten, a wish to drain it too.
+HELLO = sa.text("""
+    INSERT INTO whetstone.workers (name, host, device, memory_bytes, version, bearer)
+    VALUES (:name, :host, :device, :memory_bytes, :version, :bearer)
+    ON CONFLICT (name) DO UPDATE SET host = excluded.host, device = excluded.device, version = excluded.version,
+        memory_bytes = excluded.memory_bytes, bearer = excluded.bearer, draining = false, last_seen = clock_timestamp()
+""")
+
+HAS = sa.text("SELECT device FROM whetstone.workers WHERE name = :name AND host = :host")
+
+# A worker asks for work: it lives, and what it says of itself is taken down.
+SEEN = sa.text("""
+    INSERT INTO whetstone.workers AS w (name, device, memory_bytes, version, bearer)
+    VALUES (:name, :device, :memory_bytes, :version, :bearer)
+    ON CONFLICT (name) DO UPDATE SET last_seen = clock_timestamp(), bearer = excluded.bearer,
+        device = coalesce(nullif(excluded.device, ''), w.device),
+        version = coalesce(nullif(excluded.version, ''), w.version),
+        memory_bytes = coalesce(excluded.memory_bytes, w.memory_bytes)
+    RETURNING worker_id, device, draining
+""")
+
+DRAIN = sa.text("UPDATE whetstone.workers SET draining = true WHERE name = :name RETURNING worker_id")
+
+# The fleet, with what each worker holds and how many trials it has ended. Those long gone are left out.
+WORKERS = sa.text("""
+    SELECT w.*, a.study_id, a.trial_number, coalesce(d.done, 0) AS done,
+           w.last_seen <= clock_timestamp() - make_interval(secs => :silent_s) AS silent
+    FROM whetstone.workers w
+    LEFT JOIN LATERAL (
+        SELECT study_id, trial_number FROM whetstone.attempts
+        WHERE worker_id = w.worker_id AND state = 'leased' ORDER BY attempt_id DESC LIMIT 1
+    ) a ON TRUE
+    LEFT JOIN (
+        SELECT worker_id, count(*) AS done FROM whetstone.attempts
+        WHERE state IN ('complete', 'infeasible', 'pruned', 'failed') GROUP BY worker_id
+    ) d ON d.worker_id = w.worker_id
+    WHERE (CAST(:name AS text) IS NULL OR w.name = :name)
+      AND (a.study_id IS NOT NULL OR w.last_seen > clock_timestamp() - make_interval(hours => :hours)
+           OR CAST(:name AS text) IS NOT NULL)
+    ORDER BY w.name
+""")
+
+
+def hello(desk: Desk, request: WorkerHello, principal: Principal) -> WorkerPlace:
+    """Take down who the worker is and give it the first of its host's devices that no other live worker has.
+
+    A worker that comes back keeps its device. "cpu" may be shared. The device is None where the worker named none or
+    all are taken.
+    """
+    host = storable(request.host)
+    offered = [storable(device) for device in request.devices]
+    with desk.transaction() as conn:
+        conn.execute(LOCK_HOST, {"host": host})
+        me = {"name": request.worker, "host": host, "silent_s": silent_s(desk)}
+        taken = set(conn.execute(TAKEN, me).scalars())
+        free = [device for device in offered if device == "cpu" or device not in taken]
+        had = conn.execute(HAS, me).scalar()
+        device = had if had in free else next(iter(free), None)
+        about: dict[str, Any] = {
+            "device": device or "",
+            "memory_bytes": request.memory_bytes,
+            "version": storable(request.version),
+            "bearer": principal.id,
+        }
+        conn.execute(HELLO, me | about)
+        events.notify(conn, "worker", None)
+    return WorkerPlace(worker=request.worker, device=device)
+
+
+def seen(
+    conn: sa.Connection,
+    principal: Principal,
+    name: str,
+    *,
+    device: str = "",
+    memory_bytes: int | None = None,
+    version: str = "",
+) -> Any:
+    """Take down that a worker asks for work; return its row (worker_id, device, draining)."""
+    about = {"name": name, "device": storable(device), "memory_bytes": memory_bytes, "version": storable(version)}
+    return conn.execute(SEEN, about | {"bearer": principal.id}).one()
+
+
+def listing(desk: Desk) -> list[WorkerView]:
+    """Return the workers that were heard of within a day, and those that hold a trial, by name."""
+    with desk.transaction() as conn:
+        return _read(desk, conn, None)
+
+
+def drain(desk: Desk, name: str) -> WorkerView:
+    """Let a worker finish its trial and give it no further one.
+
+    Raises:
+        NotFound: there is no such worker.
+    """
+    with desk.transaction() as conn:
+        if conn.execute(DRAIN, {"name": name}).one_or_none() is None:
+            raise NotFound("there is no worker of that name")
+        events.notify(conn, "worker", None)
+        return _read(desk, conn, name)[0]
+
+
+def silent_s(desk: Desk) -> float:
+    """How long a worker may be silent before it counts as gone, in seconds."""
+    return SILENT_TERMS * desk.term_s
+
+
+def _read(desk: Desk, conn: sa.Connection, name: str | None) -> list[WorkerView]:
+    rows = conn.execute(WORKERS, {"name": name, "silent_s": silent_s(desk), "hours": LISTED_HOURS})
+    return [
+        WorkerView(
+            worker=row.name,
+            state="silent"
+            if row.silent
+            else "draining"
+            if row.draining
+            else "idle"
+            if row.study_id is None
+            else "busy",
+            host=row.host,
+            device=row.device,
+            memory_bytes=row.memory_bytes,
+            version=row.version,
+            first_seen=row.first_seen,
+            last_seen=row.last_seen,
+            study=row.study_id,
+            trial=row.trial_number,
+            trials_done=row.done,
+        )
+        for row in rows
+    ]

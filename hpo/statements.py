@@ -1,0 +1,201 @@
+"""The statements that read trials and studies, and the one lock that everything which numbers or counts takes first.
+
+Locks are taken in one order everywhere: the study's row, then the trial's, then the attempt's. Under READ COMMITTED a
+statement sees what was committed when it began, so whoever counts or numbers reads in a new statement after the lock.
+The study's lock is NO KEY UPDATE: it excludes itself and stock Optuna's FOR UPDATE, but not the key-share locks that
+foreign keys of trials, attempts and revisions take on the same row, so a report never waits for it.
+"""
+
+# ruff: noqa: S608 -- the statements are put together of constants of this module; all values are bound
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+# Lock a study for numbering, counting and changing its state.
+LOCK_STUDY = sa.text("SELECT study_id FROM public.studies WHERE study_id = :study FOR NO KEY UPDATE")
+
+# Against everybody, also those who insert trials or attempts. Taken at once: a lock raised later invites a deadlock.
+LOCK_STUDY_TO_DELETE = sa.text("SELECT study_id FROM public.studies WHERE study_id = :study FOR UPDATE")
+
+# Lock one trial against another tell, a cancel, an expiry, and stock Optuna's own changes of state.
+LOCK_TRIAL = sa.text("""
+    SELECT trial_id, number, state::text AS state FROM public.trials WHERE trial_id = :trial_id FOR NO KEY UPDATE
+""")
+
+# An infeasible trial is COMPLETE with a violated constraint; a cancelled one is FAIL with our mark.
+_MARKED = """EXISTS (SELECT 1 FROM public.trial_system_attributes m WHERE m.trial_id = t.trial_id AND {})"""
+INFEASIBLE = _MARKED.format("m.key = 'constraints:infeasible' AND m.value_json NOT IN ('0', '0.0')")
+CANCELLED = _MARKED.format("m.key = 'whetstone:cancelled'")
+
+STATE = f"""
+    CASE t.state
+        WHEN 'WAITING' THEN 'queued'
+        WHEN 'RUNNING' THEN 'leased'
+        WHEN 'PRUNED' THEN 'pruned'
+        WHEN 'COMPLETE' THEN CASE WHEN {INFEASIBLE} THEN 'infeasible' ELSE 'complete' END
+        ELSE CASE WHEN {CANCELLED} THEN 'cancelled' ELSE 'failed' END
+    END
+"""
+
+STATE_FILTER = {
+    None: "TRUE",
+    "queued": "t.state = 'WAITING'",
+    "leased": "t.state = 'RUNNING'",
+    "pruned": "t.state = 'PRUNED'",
+    "complete": f"t.state = 'COMPLETE' AND NOT {INFEASIBLE}",
+    "infeasible": f"t.state = 'COMPLETE' AND {INFEASIBLE}",
+    "failed": f"t.state = 'FAIL' AND NOT {CANCELLED}",
+    "cancelled": f"t.state = 'FAIL' AND {CANCELLED}",
+}
+
+# Everything a row of the trials table shows, for the trials of one page; `place` keeps the page's order.
+TRIAL_ROWS = sa.text(f"""
+    SELECT t.trial_id, t.study_id, t.number, {STATE} AS state,
+           v.value,
+           t.datetime_start AT TIME ZONE 'UTC' AS started_at,
+           t.datetime_complete AT TIME ZONE 'UTC' AS ended_at,
+           p.names, p.internals, m.keys, m.marks,
+           coalesce(a.attempts, 0) AS attempts, a.seconds, a.first_leased_at, a.last_epoch,
+           l.state AS last_state, l.reason AS last_reason, l.stop_requested, l.attempt AS last_attempt, w.name AS worker
+    FROM unnest(CAST(:trial_ids AS integer[])) WITH ORDINALITY AS page (trial_id, place)
+    JOIN public.trials t ON t.trial_id = page.trial_id
+    LEFT JOIN public.trial_values v ON v.trial_id = t.trial_id AND v.objective = 0
+    LEFT JOIN LATERAL (
+        SELECT array_agg(param_name) AS names, array_agg(param_value) AS internals
+        FROM public.trial_params WHERE trial_id = t.trial_id
+    ) p ON TRUE
+    LEFT JOIN LATERAL (
+        SELECT array_agg(key) AS keys, array_agg(value_json) AS marks
+        FROM public.trial_system_attributes
+        WHERE trial_id = t.trial_id
+          AND (key LIKE 'whetstone:%' OR key = 'fixed_params')
+    ) m ON TRUE
+    LEFT JOIN LATERAL (
+        SELECT count(*) AS attempts, min(leased_at) AS first_leased_at,
+               sum(extract(epoch FROM coalesce(ended_at, clock_timestamp()) - leased_at)) AS seconds,
+               (array_agg(last_epoch ORDER BY attempt DESC) FILTER (WHERE last_epoch IS NOT NULL))[1] AS last_epoch
+        FROM whetstone.attempts WHERE trial_id = t.trial_id
+    ) a ON TRUE
+    LEFT JOIN LATERAL (
+        SELECT * FROM whetstone.attempts WHERE trial_id = t.trial_id ORDER BY attempt DESC LIMIT 1
+    ) l ON TRUE
+    LEFT JOIN whetstone.workers w ON w.worker_id = l.worker_id
+    ORDER BY page.place
+""")
+
+
+def trials_by_number(state: str | None) -> sa.TextClause:
+    """One page of a study's trials in the order of their numbers, from after `:number`."""
+    return sa.text(f"""
+        SELECT t.trial_id, t.number, NULL::float8 AS value FROM public.trials t
+        WHERE t.study_id = :study AND t.number > :number AND {STATE_FILTER[state]}
+        ORDER BY t.number LIMIT :limit
+    """)
+
+
+def trials_by_value(state: str | None, *, descending: bool) -> sa.TextClause:
+    """One page of the trials that have a finite value, best (or smallest) first, from after (`:value`, `:number`)."""
+    beyond, order = ("<", "DESC") if descending else (">", "ASC")
+    return sa.text(f"""
+        SELECT t.trial_id, t.number, v.value FROM public.trial_values v
+        JOIN public.trials t ON t.trial_id = v.trial_id
+        WHERE t.study_id = :study AND v.objective = 0 AND v.value IS NOT NULL AND {STATE_FILTER[state]}
+          AND (CAST(:value AS float8) IS NULL OR v.value {beyond} :value OR (v.value = :value AND t.number > :number))
+        ORDER BY v.value {order}, t.number LIMIT :limit
+    """)
+
+
+def trials_without_value(state: str | None) -> sa.TextClause:
+    """One page of the trials that have no finite value, in the order of their numbers, from after `:number`."""
+    return sa.text(f"""
+        SELECT t.trial_id, t.number, NULL::float8 AS value FROM public.trials t
+        WHERE t.study_id = :study AND t.number > :number AND {STATE_FILTER[state]}
+          AND NOT EXISTS (
+              SELECT 1 FROM public.trial_values v
+              WHERE v.trial_id = t.trial_id AND v.objective = 0 AND v.value IS NOT NULL)
+        ORDER BY t.number LIMIT :limit
+    """)
+
+
+def best_trials(direction: str) -> sa.TextClause:
+    """The best feasible trials of one study; on equal values the earlier one is the better."""
+    return sa.text(f"""
+        SELECT t.trial_id, t.number, v.value FROM public.trial_values v
+        JOIN public.trials t ON t.trial_id = v.trial_id
+        WHERE t.study_id = :study AND v.objective = 0 AND v.value IS NOT NULL AND {STATE_FILTER["complete"]}
+        ORDER BY v.value {"DESC" if direction == "maximize" else "ASC"}, t.number LIMIT :limit
+    """)
+
+
+def progress(direction: str) -> sa.TextClause:
+    """Every finished trial in order of finishing, with the best feasible value so far."""
+    extreme = "max" if direction == "maximize" else "min"
+    return sa.text(f"""
+        SELECT number, state, value, ended_at,
+               {extreme}(value) FILTER (WHERE state = 'complete') OVER (ORDER BY ended_at, number) AS best
+        FROM (
+            SELECT t.number, v.value, {STATE} AS state, t.datetime_complete AT TIME ZONE 'UTC' AS ended_at
+            FROM public.trials t
+            LEFT JOIN public.trial_values v ON v.trial_id = t.trial_id AND v.objective = 0
+            WHERE t.study_id = :study AND t.state IN ('COMPLETE', 'PRUNED', 'FAIL') AND t.datetime_complete IS NOT NULL
+        ) AS finished
+        ORDER BY ended_at, number
+    """)
+
+
+# A study's number, name, direction and everything of ours.
+STUDY_ROWS = """
+    SELECT s.*, o.study_name, d.direction::text AS direction
+    FROM whetstone.studies s
+    JOIN public.studies o ON o.study_id = s.study_id
+    JOIN public.study_directions d ON d.study_id = s.study_id AND d.objective = 0
+"""
+STUDY = sa.text(f"{STUDY_ROWS} WHERE s.study_id = :study")
+
+# The newest studies first. An exact match of the name comes before all, and only on the first page.
+STUDIES = sa.text(f"""
+    {STUDY_ROWS}
+    WHERE (CAST(:state AS text) IS NULL OR s.state = :state)
+      AND (CAST(:name AS text) IS NULL OR strpos(lower(o.study_name), lower(:name)) > 0)
+      AND (:first OR o.study_name IS DISTINCT FROM :name)
+      AND (CAST(:before AS bigint) IS NULL OR s.study_id < :before)
+    ORDER BY (o.study_name IS NOT DISTINCT FROM :name) DESC, s.study_id DESC LIMIT :limit
+""")
+
+# Trials by study and state: the two marks are joined, not probed trial by trial.
+COUNTS = sa.text("""
+    SELECT t.study_id,
+           CASE t.state
+               WHEN 'WAITING' THEN 'queued' WHEN 'RUNNING' THEN 'leased' WHEN 'PRUNED' THEN 'pruned'
+               WHEN 'COMPLETE' THEN CASE WHEN i.trial_id IS NULL THEN 'complete' ELSE 'infeasible' END
+               ELSE CASE WHEN c.trial_id IS NULL THEN 'failed' ELSE 'cancelled' END
+           END AS state, count(*) AS trials
+    FROM public.trials t
+    LEFT JOIN public.trial_system_attributes i ON i.trial_id = t.trial_id AND i.key = 'constraints:infeasible'
+         AND i.value_json NOT IN ('0', '0.0')
+    LEFT JOIN public.trial_system_attributes c ON c.trial_id = t.trial_id AND c.key = 'whetstone:cancelled'
+    WHERE t.study_id = ANY(CAST(:studies AS integer[]))
+    GROUP BY 1, 2
+""")
+
+# What of their budgets some studies have used. Every trial ever leased counts, except the cancelled.
+USED = sa.text(f"""
+    SELECT s.study_id,
+           (SELECT count(*) FROM whetstone.attempts a WHERE a.study_id = s.study_id AND a.attempt = 1)
+           - (SELECT count(*) FROM public.trials t
+              JOIN whetstone.attempts a ON a.trial_id = t.trial_id AND a.attempt = 1
+              WHERE t.study_id = s.study_id AND t.state = 'FAIL' AND {CANCELLED}) AS trials,
+           coalesce((SELECT sum(extract(epoch FROM coalesce(a.ended_at, clock_timestamp()) - a.leased_at))
+                     FROM whetstone.attempts a WHERE a.study_id = s.study_id), 0) / 3600.0 AS hours
+    FROM unnest(CAST(:studies AS integer[])) AS s (study_id)
+""")
+
+# What has become of one trial.
+STATE_OF = sa.text(f"SELECT {STATE} FROM public.trials t WHERE t.trial_id = :trial_id")
+
+# Trials that were begun and are not finished: leased now, or queued between two attempts.
+OPEN = sa.text("""
+    SELECT (SELECT count(*) FROM whetstone.attempts WHERE study_id = :study AND state = 'leased') AS leased,
+           (SELECT count(*) FROM public.trials t WHERE t.study_id = :study AND t.state = 'WAITING'
+              AND EXISTS (SELECT 1 FROM whetstone.attempts a WHERE a.trial_id = t.trial_id)) AS between_attempts
+""")

@@ -1,0 +1,327 @@
+"""Studies: launched, listed, steered, finished and deleted.
+
+A study is running, paused (no new leases), stopped (queued trials cancelled, running ones asked to stop) or finished
+(its budget is spent and no begun trial is open). Whoever ends a trial calls `settle` in the same transaction, so there
+is no moment at which the last trial is done and its study is not.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+from optuna.exceptions import DuplicatedStudyError
+from optuna.study import StudyDirection
+
+from hpo import events, statements, trials, writing
+from hpo.desk import Desk, Known, lock, missing, one_fault
+from hpo.errors import Conflict
+from hpo.idempotency import Once, answered, guard
+from hpo.spec import UNSET, StudyChange, StudySpec, dump, parse, parse_change
+from hpo.views import TRIAL_STATES, BudgetView, Page, StudyView
+
+STUDY_STATES = ("running", "paused", "stopped", "finished")
+_ALLOWED = {
+    "running": ("paused", "stopped"),
+    "paused": ("running", "stopped"),
+    "stopped": ("running",),
+    "finished": ("running",),
+}
+
+INSERT = sa.text("""
+    INSERT INTO whetstone.studies
+        (study_id, spec, workload, seed, budget_trials, budget_hours, budget_target, concurrency, max_attempts, notes)
+    VALUES (:study, CAST(:spec AS jsonb), :workload, :seed, :trials, :hours, :target, :concurrency, :attempts, :notes)
+""")
+
+CHANGE = sa.text("""
+    UPDATE whetstone.studies
+    SET budget_trials = :trials, budget_hours = :hours, budget_target = :target, concurrency = :concurrency,
+        notes = :notes
+    WHERE study_id = :study
+""")
+
+SET_STATE = sa.text("""
+    UPDATE whetstone.studies
+    SET state = :state, reason = :reason,
+        finished_at = CASE WHEN :state IN ('stopped', 'finished') THEN clock_timestamp() END
+    WHERE study_id = :study
+""")
+
+# Trials that no worker holds end where their study is stopped.
+QUEUED = sa.text("""
+    SELECT trial_id FROM public.trials WHERE study_id = :study AND state = 'WAITING' ORDER BY trial_id FOR UPDATE
+""")
+
+# Trials that a worker holds are asked for.
+ASK_TO_STOP = sa.text("""
+    UPDATE whetstone.attempts SET stop_requested = :why
+    WHERE study_id = :study AND state = 'leased' AND stop_requested = ''
+""")
+
+LIVE = sa.text("SELECT count(*) FROM whetstone.attempts WHERE study_id = :study AND state = 'leased'")
+LOCK_TRIALS = sa.text("SELECT trial_id FROM public.trials WHERE study_id = :study ORDER BY trial_id FOR UPDATE")
+
+
+@dataclass(frozen=True)
+class Used:
+    """What of its budget a study has used."""
+
+    trials: int
+    hours: float
+
+
+def create(desk: Desk, document: object, once: Once | None = None) -> StudyView:
+    """Launch a study, with its points queued first, in order.
+
+    Raises:
+        Invalid: names every fault of the document.
+        Conflict: a study of that name is there already.
+        KeyReused: the idempotency key came with another body.
+    """
+    if once is not None:
+        with desk.transaction() as conn:
+            earlier = answered(conn, once, StudyView)
+        if earlier is not None:
+            return earlier
+    spec = parse(document, desk.workloads)
+    try:
+        with desk.transaction() as conn:
+            return guard(conn, once, StudyView, lambda: _create(desk, conn, spec))
+    except DuplicatedStudyError:
+        raise Conflict(f"there is a study named {spec.name!r} already: choose another name") from None
+
+
+def _create(desk: Desk, conn: sa.Connection, spec: StudySpec) -> StudyView:
+    direction = StudyDirection.MAXIMIZE if spec.direction == "maximize" else StudyDirection.MINIMIZE
+    study = desk.storage.create_new_study([direction], spec.name)
+    row = {
+        "study": study,
+        "spec": json.dumps(dump(spec)),
+        "workload": spec.workload,
+        "seed": spec.seed,
+        "trials": spec.budget.trials,
+        "hours": spec.budget.hours,
+        "target": spec.budget.target,
+        "concurrency": spec.concurrency,
+        "attempts": spec.max_attempts,
+        "notes": spec.notes,
+    }
+    conn.execute(INSERT, row)
+    for point in spec.points:
+        writing.queue(conn, study, point)
+    events.notify(conn, "study", study)
+    events.notify(conn, "work", study)
+    # Nothing may be remembered of a study that could still be rolled back.
+    return view_of(conn, desk.fresh(study, spec))
+
+
+def listing(
+    desk: Desk, *, state: str | None = None, name: str | None = None, cursor: str | None = None, limit: int = 50
+) -> Page[StudyView]:
+    """Return one page of the studies, the newest first.
+
+    `name` selects the studies whose name contains it, in any case; the one that is exactly that comes first.
+
+    Raises:
+        Invalid: an unknown state, a limit outside of 1 to 1000, or a cursor that is not of this list.
+    """
+    if state is not None and state not in STUDY_STATES:
+        raise one_fault("state", f"is none of {', '.join(STUDY_STATES)}")
+    trials.check_limit(limit)
+    if name is not None and "\x00" in name:
+        raise one_fault("name", "has a NUL character, which no name has")
+    before: int | None = None
+    if cursor is not None:
+        match trials.unpack_cursor(cursor):
+            case ["studies", None]:
+                pass
+            case ["studies", int(number)] if 0 <= number < 2**31 and not isinstance(number, bool):
+                before = number
+            case _:
+                raise trials.damaged_cursor()
+    asked = {"state": state, "name": name, "first": cursor is None, "before": before, "limit": limit + 1}
+    with desk.transaction() as conn:
+        rows = conn.execute(statements.STUDIES, asked).all()
+        items = _views(conn, [(desk.known(conn, row.study_id), row) for row in rows[:limit]])
+    if len(rows) <= limit:
+        return Page[StudyView](items=items)
+    # The exact match stands outside of the order, so a page that shows only it goes on from the beginning.
+    ordered = [row.study_id for row in rows[:limit] if row.study_name != name]
+    return Page[StudyView](items=items, next=trials.pack_cursor("studies", ordered[-1] if ordered else None))
+
+
+def get(desk: Desk, study: int) -> StudyView:
+    """Return one study.
+
+    Raises:
+        NotFound: there is none with that id.
+    """
+    with desk.transaction() as conn:
+        return view_of(conn, desk.known(conn, study))
+
+
+def patch(desk: Desk, study: int, document: object) -> StudyView:
+    """Change a study's state, budget, concurrency or notes while it runs.
+
+    A finished study whose budget is raised runs again; one whose new budget is spent already finishes when its running
+    trials have. A stopped study may run again: what was cancelled stays so until it is queued anew.
+
+    Raises:
+        NotFound: there is none with that id.
+        Invalid: names every fault of the change.
+        Conflict: the study's state does not allow it; the message names what is allowed.
+    """
+    change = parse_change(document)
+    with desk.transaction() as conn:
+        known = desk.known(conn, study)
+        row = lock(conn, study)
+        _store(conn, row, change)
+        row = reread(conn, study)
+        state = row.state
+        if state == "finished" and spent(conn, known, row) is None:
+            set_state(conn, study, "running", "")
+            state = "running"
+        if change.state is not None and change.state != state:
+            _move(conn, row, state, change.state)
+        settle(conn, known)
+        events.notify(conn, "study", study)
+        events.notify(conn, "work", study)
+        return view_of(conn, known)
+
+
+def _store(conn: sa.Connection, row: Any, change: StudyChange) -> None:
+    budget = {"trials": row.budget_trials, "hours": row.budget_hours, "target": row.budget_target} | dict(change.budget)
+    concurrency = row.concurrency if change.concurrency is UNSET else change.concurrency
+    notes = row.notes if change.notes is None else change.notes
+    conn.execute(CHANGE, {"study": row.study_id, **budget, "concurrency": concurrency, "notes": notes})
+
+
+def _move(conn: sa.Connection, row: Any, state: str, wanted: str) -> None:
+    if state == "finished":
+        # Had its budget been raised, it would be running by now.
+        raise Conflict(f"the study is finished ({row.reason}): to go on, raise its budget")
+    if wanted not in _ALLOWED[state]:
+        raise Conflict(f"a {state} study cannot become {wanted}; it can become {' or '.join(_ALLOWED[state])}")
+    if wanted == "stopped":
+        stop(conn, row.study_id)
+    set_state(conn, row.study_id, wanted, "stopped by a person" if wanted == "stopped" else "")
+
+
+def stop(conn: sa.Connection, study: int) -> None:
+    """Cancel what is queued and ask what is running to stop. The caller holds the study's lock and sets its state."""
+    why = "the study was stopped"
+    for trial_id in conn.execute(QUEUED, {"study": study}).scalars().all():
+        writing.cancel(conn, trial_id, why)
+    conn.execute(ASK_TO_STOP, {"study": study, "why": why})
+
+
+def delete(desk: Desk, study: int) -> None:
+    """Delete a study with all its trials and attempts. Checkpoints in the artifacts folder stay.
+
+    Raises:
+        NotFound: there is none with that id.
+        Conflict: workers hold trials of it and it has not been stopped.
+    """
+    with desk.transaction() as conn:
+        conn.execute(statements.LOCK_STUDY_TO_DELETE, {"study": study})
+        row = reread(conn, study)
+        live = conn.execute(LIVE, {"study": study}).scalar_one()
+        if live and row.state != "stopped":
+            held = "1 trial of it is" if live == 1 else f"{live} trials of it are"
+            raise Conflict(f"{held} leased: stop the study first, then delete it")
+        # Trials before what hangs on them: the order in which reports take their locks.
+        conn.execute(LOCK_TRIALS, {"study": study})
+        desk.storage.delete_study(study)
+        events.notify(conn, "study", study)
+    desk.forget(study)
+
+
+def set_state(conn: sa.Connection, study: int, state: str, reason: str) -> None:
+    conn.execute(SET_STATE, {"study": study, "state": state, "reason": reason})
+
+
+def settle(conn: sa.Connection, known: Known) -> None:
+    """Finish the study if its budget is spent and nothing begun is open. The caller holds the study's lock."""
+    row = reread(conn, known.study)
+    if row.state not in ("running", "paused"):
+        return
+    why = spent(conn, known, row)
+    if why is None:
+        return
+    still = conn.execute(statements.OPEN, {"study": known.study}).one()
+    if still.leased == 0 and still.between_attempts == 0:
+        set_state(conn, known.study, "finished", why)
+        events.notify(conn, "study", known.study)
+
+
+def reread(conn: sa.Connection, study: int) -> Any:
+    row = conn.execute(statements.STUDY, {"study": study}).one_or_none()
+    if row is None:
+        raise missing(study)
+    return row
+
+
+def spent(conn: sa.Connection, known: Known, row: Any) -> str | None:
+    """Say which budget of a study is spent, or return None. The caller holds the study's lock."""
+    if row.budget_target is not None:
+        best = conn.execute(
+            statements.best_trials(known.spec.direction), {"study": row.study_id, "limit": 1}
+        ).one_or_none()
+        if best is not None and not known.spec.better(row.budget_target, best.value):
+            return f"trial {best.number} reached {best.value:.6g}; the target was {row.budget_target:.6g}"
+    if row.budget_trials is not None or row.budget_hours is not None:
+        used = used_by(conn, [row.study_id])[row.study_id]
+        if row.budget_trials is not None and used.trials >= row.budget_trials:
+            return "its 1 trial is done" if row.budget_trials == 1 else f"all {row.budget_trials} trials are done"
+        if row.budget_hours is not None and used.hours >= row.budget_hours:
+            return f"{row.budget_hours:.6g} hours of training are used"
+    return None
+
+
+def used_by(conn: sa.Connection, study_ids: Sequence[int]) -> dict[int, Used]:
+    rows = conn.execute(statements.USED, {"studies": list(study_ids)})
+    return {row.study_id: Used(int(row.trials), float(row.hours)) for row in rows}
+
+
+def view_of(conn: sa.Connection, known: Known) -> StudyView:
+    return _views(conn, [(known, reread(conn, known.study))])[0]
+
+
+def _views(conn: sa.Connection, pairs: Sequence[tuple[Known, Any]]) -> list[StudyView]:
+    study_ids = [known.study for known, _ in pairs]
+    if not study_ids:
+        return []
+    used = used_by(conn, study_ids)
+    counts = {study: dict.fromkeys(TRIAL_STATES, 0) for study in study_ids}
+    for row in conn.execute(statements.COUNTS, {"studies": study_ids}):
+        counts[row.study_id][row.state] = row.trials
+    return [_view(conn, known, row, counts[known.study], used[known.study]) for known, row in pairs]
+
+
+def _view(conn: sa.Connection, known: Known, row: Any, counts: dict[Any, int], used: Used) -> StudyView:
+    best = trials.best_of(conn, known, 1)
+    budget = {"trials": row.budget_trials, "hours": row.budget_hours, "target": row.budget_target}
+    spec = row.spec | {"budget": budget, "concurrency": row.concurrency, "notes": row.notes}
+    return StudyView(
+        study=row.study_id,
+        name=row.study_name,
+        description=known.spec.description,
+        state=row.state,
+        reason=row.reason,
+        workload=row.workload,
+        direction=known.spec.direction,
+        sampler=known.spec.sampler.name,
+        pruner=known.spec.pruner.name,
+        counts=dict(counts),
+        best=best[0] if best else None,
+        budget=BudgetView(**budget, trials_used=used.trials, hours_used=used.hours),
+        concurrency=row.concurrency,
+        notes=row.notes,
+        created_at=row.created_at,
+        finished_at=row.finished_at,
+        spec=spec,
+    )
