@@ -7,6 +7,7 @@ nested. A lost server is one error, `DatabaseUnavailable`, of one line and witho
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 import threading
 import time
@@ -43,7 +44,7 @@ class DatabaseTooNew(WhetstoneError):
 
 
 def connect(url: str, *, pool_size: int = 10, max_overflow: int = 40, connect_timeout_s: int = 5) -> Engine:
-    """An engine for a PostgreSQL address (``postgres://``, ``postgresql://`` or with ``+psycopg2``). Opens no connection.
+    """An engine for a PostgreSQL address (``postgres://``, ``postgresql://``, ``+psycopg2``). Opens no connection.
 
     Raises `DatabaseUnavailable` where the address is none of these.
     """
@@ -142,7 +143,7 @@ def in_transaction(engine: Engine) -> bool:
 
 
 def retrying(engine: Engine, work: Callable[[Connection], T], *, attempts: int = 5, idempotent: bool = False) -> T:
-    """Run `work` in a transaction, again after a deadlock, a serialization failure or a connection lost before the commit.
+    """Run `work` in a transaction; again after a deadlock, a serialization failure, or a connection lost before commit.
 
     A connection lost at the commit leaves the outcome unknown: only `idempotent` work is run again then. Inside an open
     transaction it runs once, since only the owner of the whole can repeat it.
@@ -211,9 +212,10 @@ SchemaState = Literal["empty", "old", "current", "new"]
 
 
 def upgrade(engine: Engine) -> None:
-    """Bring the database to this code's version: Optuna's stock tables, the schema `whetstone`, our indexes. Repeatable.
+    """Bring the database to this code's version: Optuna's stock tables, the schema `whetstone`, our indexes.
 
-    Two at once wait for each other. Raises `DatabaseTooNew` before anything is touched, `DatabaseUnavailable`.
+    Repeating it changes nothing, and two at once wait for each other. Raises `DatabaseUnavailable`; `DatabaseTooNew`
+    before anything is touched.
     """
     with _translated(engine), engine.connect() as guard:
         guard.execution_options(isolation_level="AUTOCOMMIT")
@@ -286,10 +288,22 @@ def _upgrade_optuna(engine: Engine) -> None:
     storage = RDBStorage(url, skip_compatibility_check=True, engine_kwargs={"poolclass": sa.NullPool})
     try:
         if storage.get_current_version() != storage.get_head_version():
-            storage.upgrade()
+            with _logging_left_alone():
+                storage.upgrade()
     finally:
         storage.remove_session()
         storage.engine.dispose()
+
+
+@contextlib.contextmanager
+def _logging_left_alone() -> Iterator[None]:
+    """Optuna's migrations configure the process's logging, and silence every logger there is, where none is set up."""
+    handler = logging.NullHandler()
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
 
 
 def _upgrade_ours(engine: Engine) -> None:
