@@ -250,8 +250,12 @@ def read(model: type[M], data: object, at: str = "") -> tuple[M | None, list[Fau
     try:
         return model.model_validate(_readable(data)), []
     except ValidationError as error:
-        faults = [_fault(model, item, at) for item in error.errors(include_url=False, include_context=True)]
-        return None, list(dict.fromkeys(faults))
+        said: dict[str, list[str]] = {}
+        for item in error.errors(include_url=False, include_context=True):
+            fault = _fault(model, item, at)
+            said.setdefault(fault.at, []).append(fault.fault)
+        # The arms of a union each say their own: "must be an integer, not 'x'; or must be 'auto', not 'x'".
+        return None, [Fault(path, "; or ".join(dict.fromkeys(words))) for path, words in said.items()]
 
 
 def _readable(data: Mapping[Any, Any]) -> dict[str, Any]:
