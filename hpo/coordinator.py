@@ -65,7 +65,7 @@ def _counted(
         finally:
             self._count(method.__name__, time.perf_counter() - began)
 
-    return cast(Callable[Concatenate[Coordinator, P], R], call)
+    return cast("Callable[Concatenate[Coordinator, P], R]", call)
 
 
 class Coordinator:
