@@ -19,9 +19,9 @@ from model.net import SiameseNet
 def initialise(net: SiameseNet, scheme: str, generator: torch.Generator) -> None:
     """Fill every weight and bias of `net` by the scheme "he" or "paper". `generator` must be a CPU generator.
 
-    he: weights N(0, 2 / fan_in) before a ReLU and N(0, 1 / fan_in) before a sigmoid, biases 0; the head starts as minus
-    the mean distance, so that an untrained network already prefers what looks alike. paper: convolution weights
-    N(0, 0.01^2), other weights N(0, 0.2^2), all biases N(0.5, 0.01^2).
+    he: weights N(0, 2 / fan_in) before a ReLU and N(0, 1 / fan_in) before a sigmoid, biases 0; the head starts with
+    -1 / sqrt(fc) for every feature, so that even an untrained network prefers what looks alike. paper: convolution
+    weights N(0, 0.01^2), other weights N(0, 0.2^2), all biases N(0.5, 0.01^2).
     """
     if scheme not in ("he", "paper"):
         raise ValueError(f"no initialisation {scheme!r}: there are he and paper")
@@ -33,7 +33,10 @@ def initialise(net: SiameseNet, scheme: str, generator: torch.Generator) -> None
             _normal(layer.bias, 0.5, 0.01, generator)
             continue
         fan_in = layer.weight[0].numel()
-        _normal(layer.weight, 0.0, math.sqrt((2.0 if conv else 1.0) / fan_in), generator)
+        if label == "output":
+            layer.weight.fill_(-1.0 / math.sqrt(fan_in))
+        else:
+            _normal(layer.weight, 0.0, math.sqrt((2.0 if conv else 1.0) / fan_in), generator)
         assert layer.bias is not None
         layer.bias.zero_()
 

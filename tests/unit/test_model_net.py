@@ -96,7 +96,15 @@ def test_he_s_initialisation_keeps_the_size_of_a_signal() -> None:
     y = F.relu(net.layer("conv2")(x))
     assert y.square().mean().item() == pytest.approx(x.square().mean().item(), rel=0.3)
     assert net.layer("conv2").bias is not None
-    assert not any(p.any() for name, p in net.named_parameters() if name.endswith("bias") and "output" not in name)
+    assert not any(p.any() for name, p in net.named_parameters() if name.endswith("bias"))
+
+
+def test_an_untrained_network_of_he_s_takes_likeness_for_likeness() -> None:
+    """A larger distance means a smaller logit from the start: every head weight is negative."""
+    net, x = seeded(), images(2)
+    assert (net.output.weight < 0).all()
+    assert net(torch.cat([x[:1], x[:1]])).item() == 0.0
+    assert net(x).item() < 0.0
 
 
 def test_an_unknown_initialisation_is_refused() -> None:
