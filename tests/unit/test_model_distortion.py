@@ -1,0 +1,104 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.distortion import clean, distort, draw_matrices
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def forward() -> tuple[Tensor, Tensor]:
+    """Linear parts (n, 2, 2) and translations (n, 2) of the maps from a picture to its distortion."""
+    inverse = draw_matrices(200_000, generator()).double()
+    linear = torch.linalg.inv(inverse[:, :, :2])
+    return linear, -(linear @ inverse[:, :, 2:])[:, :, 0]
+
+
+def near(a: Tensor, b: float) -> Tensor:
+    return (a - b).abs() < 1e-6
+
+
+def test_each_component_is_present_with_probability_one_half(forward: tuple[Tensor, Tensor]) -> None:
+    linear, translation = forward
+    identity = near(linear, 0).logical_or(near(linear, 1)).flatten(1).all(1) & near(linear[:, 0, 1], 0)
+    assert identity.float().mean().sub(0.5**5).abs() < 0.003  # no rotation, shear x, y, scale x, y
+    still = near(translation, 0)
+    assert still.float().mean(0).sub(0.5).abs().max() < 0.01
+    assert still.all(1).float().mean().sub(0.25).abs() < 0.01
+
+
+def test_rotations_reach_ten_degrees_and_no_further(forward: tuple[Tensor, Tensor]) -> None:
+    linear, _ = forward
+    # What keeps lengths is a rotation alone: no shear, no scale.
+    rigid = near(linear @ linear.mT - torch.eye(2, dtype=torch.float64), 0).flatten(1).all(1)
+    angles = torch.atan2(linear[rigid, 1, 0], linear[rigid, 0, 0]) * 180 / math.pi
+    assert angles.abs().max() <= 10.0001
+    assert angles.min() < -9.9
+    assert angles.max() > 9.9
+    assert angles[angles.abs() > 1e-6].abs().mean() == pytest.approx(5, abs=0.15)
+
+
+def test_scales_and_shears_fill_their_ranges_for_each_axis(forward: tuple[Tensor, Tensor]) -> None:
+    linear, _ = forward
+    diagonal = near(linear[:, 0, 1], 0) & near(linear[:, 1, 0], 0)
+    sheared = near(linear[:, 0, 0], 1) & near(linear[:, 1, 1], 1)
+    for values, low, high in (
+        (linear[diagonal, 0, 0], 0.8, 1.2),
+        (linear[diagonal, 1, 1], 0.8, 1.2),
+        (linear[sheared, 0, 1], -0.3, 0.3),
+        (linear[sheared, 1, 0], -0.3, 0.3),
+    ):
+        assert low - 1e-6 <= values.min() < low + 0.01
+        assert high - 0.01 < values.max() <= high + 1e-6
+
+
+def test_translation_is_two_of_105_pixels_at_any_size(forward: tuple[Tensor, Tensor]) -> None:
+    _, translation = forward
+    pixels = translation * 105 / 2  # the picture spans 2
+    assert pixels.abs().max() <= 2.0001
+    assert pixels.abs().amax(0).min() > 1.99
+    # In the picture: nothing but translation moves the middle of what stands in the middle.
+    for side in (105, 35):
+        block = torch.zeros(1000, side, side, dtype=torch.uint8)
+        middle, reach = side // 2, side // 6
+        block[:, middle - reach : middle + reach + 1, middle - reach : middle + reach + 1] = 255
+        moved = distort(block, generator(3))[:, 0]
+        weight = moved.sum((1, 2))
+        rows = (moved.sum(2) * torch.arange(side)).sum(1) / weight - middle
+        assert 1.9 < rows.abs().max() * 105 / side < 2.05
+
+
+def test_what_lies_outside_of_the_picture_is_paper() -> None:
+    ink = torch.full((512, 28, 28), 255, dtype=torch.uint8)
+    out = distort(ink, generator())
+    assert out.min() == 0
+    assert out.max() <= 1.0001
+    assert out[:, 0, 14, 14].min() > 0.999
+
+
+def test_ink_and_paper_become_one_and_zero() -> None:
+    images = torch.randint(0, 256, (8, 28, 28), dtype=torch.uint8, generator=generator())
+    assert torch.equal(clean(images), images[:, None].float() / 255)
+    assert distort(torch.zeros_like(images), generator()).abs().max() == 0
+
+
+def test_an_image_without_any_component_stays_as_it_is() -> None:
+    images = torch.randint(0, 256, (1, 28, 28), dtype=torch.uint8, generator=generator()).expand(2000, 28, 28)
+    unchanged = (distort(images, generator()) - clean(images)).abs().flatten(1).amax(1) < 1e-4
+    assert unchanged.float().mean().item() == pytest.approx(0.5**7, abs=0.006)
+
+
+def test_twins_are_distorted_separately_and_the_same_generator_repeats() -> None:
+    image = torch.zeros(1, 28, 28, dtype=torch.uint8)
+    image[0, 5:20, 10:14] = 255
+    batch = image.expand(64, 28, 28)
+    out = distort(batch, generator(1))
+    assert len({row.numpy().tobytes() for row in out}) > 55
+    assert torch.equal(out, distort(batch, generator(1)))
+    assert out.shape == (64, 1, 28, 28)
+    assert out.dtype == torch.float32
