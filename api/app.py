@@ -19,7 +19,7 @@ from fastapi import FastAPI
 from sqlalchemy import Engine
 
 from api import auth, errors, limits, openapi
-from api.routes import events, files, health, leases, studies, trials, workers
+from api.routes import events, files, health, leases, sign_in, studies, trials, workers
 from api.wait import Waiting
 from hpo.coordinator import Coordinator
 from hpo.tokens import Principal
@@ -71,10 +71,11 @@ def create_app(
     app.state.presets = {name: dict(document) for name, document in presets.items()}
     app.state.artifacts = artifacts
     app.state.waiting = waiting
+    app.state.readiness = health.Readiness(coordinator)
     app.state.counted = health.Counted(coordinator)
     app.add_middleware(limits.BodyLimit)
     errors.install(app)
-    for module in (studies, trials, leases, workers, events, files):
+    for module in (studies, trials, leases, workers, events, files, sign_in):
         app.include_router(module.router, prefix="/api/v1")
     app.include_router(health.router)
     openapi.install(app)

@@ -13,6 +13,7 @@ import logging
 import secrets
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping
 from typing import Literal
 
@@ -32,6 +33,7 @@ COOKIE = "whetstone_session"
 SESSION_DAYS = 7
 READING = frozenset({"GET", "HEAD", "OPTIONS"})
 MAX_SECRET = 512
+MAX_LINKS = 16
 ONE_TIME_PATH = "/login"
 ONE_TIME_QUERY = "once"
 
@@ -72,7 +74,7 @@ class Auth:
         self, engine: Engine, process_tokens: Mapping[str, Principal], one_time: OneTimeLink | None = None
     ) -> None:
         self.engine = engine
-        self.one_time = one_time
+        self._links = deque([one_time] if one_time else [], MAX_LINKS)
         self._process_tokens = dict(process_tokens)
 
     def bearer(self, secret: str) -> Principal | None:
@@ -97,10 +99,16 @@ class Auth:
         return self.cookie(request.cookies.get(COOKIE, "")) if cookie else None
 
     def sign_in_once(self, secret: str) -> str | None:
-        """Redeem the one-time link: the secret of a fresh admin session, or None."""
-        if self.one_time is None or not self.one_time.redeem(secret):
+        """Redeem a one-time link: the secret of a fresh admin session, or None."""
+        if not any(link.redeem(secret) for link in tuple(self._links)):
             return None
         return tokens.open_session(self.engine, "admin", None, SESSION_DAYS)
+
+    def add_link(self, lifetime_s: float = 600.0) -> OneTimeLink:
+        """One more one-time link, beside the one that `serve` prints; the oldest of many gives way."""
+        link = OneTimeLink(lifetime_s)
+        self._links.append(link)
+        return link
 
     def sign_in(self, secret: str) -> str | None:
         """Exchange a bearer token for a session with its role: the session's secret, or None for an unknown token."""

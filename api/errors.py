@@ -37,6 +37,8 @@ from hpo.errors import (
 log = logging.getLogger("whetstone.api")
 
 RETRY_AFTER_S = 2
+NO_SUCH_TABLE = frozenset({"42P01", "3F000"})
+NOT_MIGRATED = "the database has not been migrated: run 'whetstone db upgrade'"
 SHOWN_FAULTS = 100
 """A document can be wrong in a million places; the answer names this many and counts the rest."""
 
@@ -154,6 +156,8 @@ async def on_database_error(request: Request, error: Exception) -> Response:
         log.warning("a value got as far as Postgres, which refused it: %s", type(error.orig).__name__)
         fault = Fault("", "a value lies outside of what the database can hold")
         return answer(request, 422, Invalid.code, str(Invalid([fault])), [fault])
+    if getattr(getattr(error, "orig", None), "pgcode", None) in NO_SUCH_TABLE:
+        return await on_domain_error(request, DatabaseUnavailable(NOT_MIGRATED))
     if isinstance(error, database.TimeoutError) or _is_connection_trouble(error):
         log.warning("PostgreSQL does not answer: %s", type(error).__name__)
         gone = DatabaseUnavailable("PostgreSQL does not answer at the moment; try again")

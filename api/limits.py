@@ -55,11 +55,8 @@ def parse(body: bytes) -> tuple[Any, list[Fault]]:
 
 
 def _integer(digits: str) -> int | float:
-    """An integer of 64 bits, or an infinity that the walk names: longer ones cost time that grows with their square."""
-    if len(digits) > 20:
-        return math.inf
-    number = int(digits)
-    return number if -MAX_INTEGER - 1 <= number <= MAX_INTEGER else math.inf
+    """The integer, or an infinity that the walk names: to read a long one takes time that grows with its square."""
+    return int(digits) if len(digits) <= 20 else math.inf
 
 
 def _object(pairs: list[tuple[str, Any]]) -> Any:
@@ -87,7 +84,9 @@ def faults_in(document: Any) -> Iterator[Fault]:
                 yield Fault(path_of(at), "this integer does not fit 64 bits")
         elif isinstance(value, float):
             if not math.isfinite(value):
-                yield Fault(path_of(at), "this is not a finite number that fits 64 bits")
+                yield Fault(
+                    path_of(at), "NaN is no number" if math.isnan(value) else "this number is too large to store"
+                )
         elif isinstance(value, dict | list):
             if len(at) >= MAX_DEPTH:
                 yield Fault("", f"nested deeper than {MAX_DEPTH} levels")

@@ -13,6 +13,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
 from hpo.document import ChangeForm, StudyForm, TrialForm
+from hpo.protocol import Wire
 
 DESCRIPTION = """
 Send a token as `Authorization: Bearer TOKEN`; `whetstone token create` makes one. Each operation names in `x-role` the
@@ -22,6 +23,25 @@ Every failure has one shape: `{"error": {"code", "message", "details": [{"at", "
 an `Idempotency-Key`, kept 24 h per token and address.
 """.strip()
 TEMPLATE = "#/components/schemas/{model}"
+ERROR_SCHEMA = {"$ref": TEMPLATE.format(model="Error")}
+
+
+class ErrorDetail(Wire):
+    at: str
+    fault: str
+
+
+class ErrorBody(Wire):
+    code: str
+    message: str
+    details: list[ErrorDetail]
+
+
+class Error(Wire):
+    """Every failure, whatever the route."""
+
+    error: ErrorBody
+
 
 STUDY_EXAMPLE: dict[str, Any] = {
     "name": "branin",
@@ -83,7 +103,7 @@ def _complete(app: FastAPI) -> dict[str, Any]:
     components = made.setdefault("components", {})
     components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
     _, forms = models_json_schema(
-        [(form, "validation") for form in (StudyForm, ChangeForm, TrialForm)], ref_template=TEMPLATE
+        [(form, "validation") for form in (StudyForm, ChangeForm, TrialForm, Error)], ref_template=TEMPLATE
     )
     components.setdefault("schemas", {}).update(forms.get("$defs", {}))
     for operations in made["paths"].values():

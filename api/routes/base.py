@@ -19,11 +19,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api import auth, limits
+from api.openapi import ERROR_SCHEMA
 from api.wait import Waiting
 from hpo.coordinator import Coordinator
 from hpo.errors import Fault, Invalid
 from hpo.idempotency import Once
-from hpo.protocol import NAME_PATTERN, Wire
+from hpo.protocol import NAME_PATTERN
 from hpo.tokens import Principal
 
 INT4 = 2**31 - 1
@@ -63,23 +64,6 @@ class Sent:
         raise Invalid(sorted(faults.values()))
 
 
-class ErrorDetail(Wire):
-    at: str
-    fault: str
-
-
-class ErrorBody(Wire):
-    code: str
-    message: str
-    details: list[ErrorDetail]
-
-
-class Error(Wire):
-    """Every failure, whatever the route."""
-
-    error: ErrorBody
-
-
 ERRORS: dict[int, str] = {
     400: "The body is not JSON.",
     401: "No token, or one that is not known here.",
@@ -109,7 +93,8 @@ def needs(
     if body is not None:
         extra["requestBody"] = {"required": True, "content": {"application/json": body}}
     responses: dict[int | str, dict[str, Any]] = {
-        status: {"model": Error, "description": ERRORS[status]} for status in sorted({401, 403, 422, 503, *errors})
+        status: {"description": ERRORS[status], "content": {"application/json": {"schema": ERROR_SCHEMA}}}
+        for status in sorted({401, 403, 422, 503, *errors})
     }
     if answers is not None:
         responses[200] = {"description": "The file.", "content": answers}

@@ -16,13 +16,15 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from starlette.responses import JSONResponse, Response
 
-from api.errors import RETRY_AFTER_S, shape
-from api.routes.base import Error
+from api.errors import NOT_MIGRATED, RETRY_AFTER_S, shape
+from api.openapi import ERROR_SCHEMA
+from hpo import database
 from hpo.coordinator import Coordinator
-from hpo.errors import WhetstoneError
+from hpo.errors import DatabaseUnavailable, WhetstoneError
 
 router = APIRouter(tags=["health"], redirect_slashes=False)
 COUNTED_FOR_S = 2.0
+CHECKED_FOR_S = 10.0
 NO_STORE = {"Cache-Control": "no-store"}
 
 
@@ -32,12 +34,18 @@ async def healthz() -> JSONResponse:
     return JSONResponse({"status": "alive"}, headers=NO_STORE)
 
 
-@router.get("/readyz", responses={503: {"model": Error, "description": "Not ready; the message says why."}})
+NOT_READY = {
+    "description": "Not ready; the message says why.",
+    "content": {"application/json": {"schema": ERROR_SCHEMA}},
+}
+
+
+@router.get("/readyz", responses={503: NOT_READY})
 def readyz(request: Request) -> JSONResponse:
     """The database answers, and its schema is this server's."""
-    coordinator: Coordinator = request.app.state.coordinator
+    readiness: Readiness = request.app.state.readiness
     try:
-        coordinator.ready()
+        readiness.check()
     except WhetstoneError as error:
         headers = NO_STORE | {"Retry-After": str(RETRY_AFTER_S)}
         return JSONResponse(shape(error.code, str(error)), 503, headers)
@@ -49,6 +57,32 @@ def metrics(request: Request) -> Response:
     """Prometheus metrics: totals only, no names. No token is needed."""
     counted: Counted = request.app.state.counted
     return Response(counted.text(), media_type=CONTENT_TYPE_LATEST, headers=NO_STORE)
+
+
+class Readiness:
+    """Whether the database answers, and whether its schema was this server's when it was last looked at."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+        self._until = 0.0
+
+    def check(self) -> None:
+        """Return if this server can serve.
+
+        Raises:
+            DatabaseUnavailable: it cannot; the message says why.
+        """
+        self._coordinator.ready()
+        if time.monotonic() < self._until:
+            return
+        state = database.check(self._coordinator.engine)
+        if state == "new":
+            raise DatabaseUnavailable(
+                "the database was upgraded by a newer Whetstone than this one: install that version"
+            )
+        if state != "current":
+            raise DatabaseUnavailable(NOT_MIGRATED)
+        self._until = time.monotonic() + CHECKED_FOR_S
 
 
 class Counted:

@@ -6,7 +6,7 @@ import hashlib
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,15 @@ from sqlalchemy import Engine
 
 from api.app import create_app
 from api.auth import OneTimeLink
+from hpo import database
 from hpo.coordinator import Coordinator
+from hpo.errors import Fault
 from hpo.tokens import Principal
 
 SECRETS = {"admin": "wst_admin-of-this-process", "worker": "wst_worker-of-this-process", "viewer": "wst_viewer-here"}
 BRANIN: dict[str, Any] = {
     "name": "branin",
-    "workload": "external",
-    "direction": "minimize",
+    "workload": "bowl",
     "sampler": "random",
     "space": [
         {"name": "x", "type": "float", "low": -5.0, "high": 10.0},
@@ -33,7 +34,23 @@ BRANIN: dict[str, Any] = {
     "budget": {"trials": 100},
     "seed": 7,
 }
+EXTERNAL = BRANIN | {"name": "asked", "workload": "external"}
 PRESETS = {"branin": BRANIN, "wide": BRANIN | {"name": "wide", "budget": {"trials": 5, "hours": 2.0}}}
+
+
+class Bowl:
+    """A workload without settings, all of whose points can be trained: for workers that are played by a test."""
+
+    def check(self, settings: Mapping[str, Any]) -> Sequence[Fault]:
+        return [Fault(name, "a bowl has no settings") for name in settings]
+
+    def feasible(self, point: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
+        return None
+
+
+def app_alone() -> FastAPI:
+    """An app that was only composed, to look at: nothing is connected, and nothing answers at its database."""
+    return make_app(database.connect("postgresql://nobody@127.0.0.1:1/nothing"))
 
 
 def bearer(role: str) -> dict[str, str]:
@@ -43,7 +60,7 @@ def bearer(role: str) -> dict[str, str]:
 def make_app(engine: Engine, artifacts: Path | str = "/nonexistent", one_time: OneTimeLink | None = None) -> FastAPI:
     """An app with one process token for each role."""
     return create_app(
-        Coordinator(engine, {}, term_s=30.0, heartbeat_s=10.0, stall_s=600.0),
+        Coordinator(engine, {"bowl": Bowl()}, term_s=30.0, heartbeat_s=10.0, stall_s=600.0),
         engine,
         presets=PRESETS,
         artifacts=artifacts,

@@ -15,13 +15,14 @@ from starlette.responses import Response
 
 from api import auth
 from hpo import tokens
-from tests.integration.api_server import BRANIN, SECRETS, bearer, make_app, served
+from tests.integration.api_server import BRANIN, SECRETS, app_alone, bearer, make_app, served
 
+SAME = {"Sec-Fetch-Site": "same-origin"}
 RANK = ["viewer", "worker", "admin"]
 
 
 def routes_and_roles() -> list[tuple[str, str, str]]:
-    app = make_app(None)  # type: ignore[arg-type]  # composing an app opens nothing
+    app = app_alone()
     return [
         (method, route.path or "", (route.openapi_extra or {})["x-role"])
         for route in iter_route_contexts(app.routes)
@@ -51,7 +52,7 @@ def send(client: TestClient, method: str, path: str, headers: dict[str, str]) ->
 
 @pytest.mark.parametrize(("method", "path", "role"), ROUTES)
 def test_a_stranger_is_told_how_to_authenticate(client: TestClient, method: str, path: str, role: str) -> None:
-    for headers in ({}, {"Authorization": "Bearer wst_nobody"}, {"Cookie": f"{auth.COOKIE}=wss_nobody"}):
+    for headers in ({}, {"Authorization": "Bearer wst_nobody"}, {"Cookie": f"{auth.COOKIE}=wss_nobody", **SAME}):
         answer = send(client, method, path, headers)
         assert answer.status_code == 401
         assert answer.headers["www-authenticate"].startswith("Bearer")
@@ -82,7 +83,7 @@ def test_who_may_do_what_is_as_designed() -> None:
     assert by_role["admin"] == {
         "POST /studies", "PATCH /studies/{study}", "DELETE /studies/{study}", "POST /studies/{study}/trials",
         "POST /studies/{study}/trials/{n}/cancel", "POST /studies/{study}/trials/{n}/requeue",
-        "POST /workers/{worker}/drain",
+        "POST /workers/{worker}/drain", "POST /login-links",
     }  # fmt: skip
     assert all(each.startswith("GET ") for each in by_role["viewer"])
 
@@ -172,13 +173,12 @@ def test_no_log_line_holds_a_secret(module_engine: Engine, caplog: pytest.LogCap
 
     link = auth.OneTimeLink()
     app = make_app(module_engine, one_time=link)
-    with caplog.at_level(logging.DEBUG), served(app) as (url, _):
-        with httpx2.Client(base_url=url) as client:
-            client.get(link.path)
-            client.get(f"/nowhere?{auth.ONE_TIME_QUERY}={link.secret}")
-            client.get("/api/v1/studies", headers=bearer("admin"))
-            client.get("/api/v1/studies", headers={"Authorization": "Bearer wst_a-wrong-one"})
-            client.post("/api/v1/studies", content=b"{", headers=bearer("admin") | {"Content-Type": "application/json"})
+    with caplog.at_level(logging.DEBUG), served(app) as (url, _), httpx2.Client(base_url=url) as client:
+        client.get(link.path)
+        client.get(f"/nowhere?{auth.ONE_TIME_QUERY}={link.secret}")
+        client.get("/api/v1/studies", headers=bearer("admin"))
+        client.get("/api/v1/studies", headers={"Authorization": "Bearer wst_a-wrong-one"})
+        client.post("/api/v1/studies", content=b"{", headers=bearer("admin") | {"Content-Type": "application/json"})
     ours = [each.getMessage() for each in caplog.records if not each.name.startswith(("httpx", "httpcore"))]
     assert any("GET /nowhere" in line for line in ours), "the access log was not seen at all"
     for secret in (link.secret, SECRETS["admin"], "wst_a-wrong-one"):

@@ -19,7 +19,7 @@ from api.routes.files import resolve
 from hpo import database
 from hpo.errors import NotFound
 from hpo.tables import attempts
-from tests.integration.api_server import BRANIN, PRESETS, bearer, make_app
+from tests.integration.api_server import BRANIN, EXTERNAL, PRESETS, bearer, make_app
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_every_answer_of_the_api_is_kept_by_no_cache(client: TestClient) -> None
 
 
 def test_an_ask_leases_a_trial_of_that_study(client: TestClient) -> None:
-    first, second = launched(client), launched(client, name="second")
+    first, second = launched(client), launched(client, name="second", workload="external")
     asked = client.post(f"studies/{second}/ask", json={"worker": "laptop"})
     assert asked.status_code == 201
     assert asked.json()["study"] == second != first
@@ -101,13 +101,14 @@ def test_a_claim_is_answered_with_204_when_there_is_nothing_to_do(client: TestCl
     assert (answer.status_code, answer.content) == (204, b"")
 
 
-@pytest.mark.parametrize("path", ["studies", "studies/1/trials", "studies/1/ask", "claims"])
+@pytest.mark.parametrize("path", ["studies", "studies/1/trials", "studies/2/ask", "claims"])
 def test_the_same_key_and_body_get_the_same_answer_and_another_body_is_refused(client: TestClient, path: str) -> None:
     launched(client)
+    assert launched(client, **EXTERNAL) == 2
     bodies: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "studies": (BRANIN | {"name": "once"}, BRANIN | {"name": "twice"}),
         "studies/1/trials": ({"params": {"x": 1.0, "y": 1.0}}, {"params": {"x": 2.0, "y": 1.0}}),
-        "studies/1/ask": ({"worker": "w1"}, {"worker": "w2"}),
+        "studies/2/ask": ({"worker": "w1"}, {"worker": "w2"}),
         "claims": ({"worker": "w1"}, {"worker": "w2"}),
     }
     body, other = bodies[path]
@@ -124,7 +125,7 @@ def test_the_same_key_and_body_get_the_same_answer_and_another_body_is_refused(c
 
 
 def test_a_key_belongs_to_its_token_and_its_address(client: TestClient) -> None:
-    one, two = launched(client), launched(client, name="two")
+    one, two = launched(client, **EXTERNAL), launched(client, **EXTERNAL | {"name": "two"})
     key = {"Idempotency-Key": "k"}
     first = client.post(f"studies/{one}/ask", json={"worker": "w"}, headers=key).json()
     other_study = client.post(f"studies/{two}/ask", json={"worker": "w"}, headers=key).json()
@@ -288,27 +289,30 @@ def test_no_link_leads_a_download_out_of_the_artifacts(tmp_path: Path) -> None:
 
 def test_a_database_that_goes_away_is_a_503_with_a_time_to_come_back(client: TestClient, engine: Engine) -> None:
     name = engine.url.database
-    with engine.connect() as connection:
-        connection.execute(sa.text(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS false'))
-        connection.commit()
-    engine.dispose()
+    server = database.connect(engine.url.set(database="postgres").render_as_string(hide_password=False))
+
+    def allow(connections: bool) -> None:
+        with server.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.execute(sa.text(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS {connections}'))
+            cut = sa.text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :name")
+            connection.execute(cut, {"name": name})
+
+    allow(False)
     try:
         for path in ("studies", "studies/1", "workers", "studies/1/export"):
             answer = client.get(path)
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "database_unavailable")
             assert int(answer.headers["retry-after"]) > 0
         assert client.post("claims", json={"worker": "w"}).status_code == 503
-        ready = client.get("/readyz")
+        ready = client.get("http://testserver/readyz")
         assert ready.status_code == 503
         assert ready.json()["error"]["message"]
-        assert client.get("/healthz").status_code == 200
+        assert client.get("http://testserver/healthz").status_code == 200
     finally:
-        server = database.connect(engine.url.set(database="postgres").render_as_string(hide_password=False))
-        with server.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            connection.execute(sa.text(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS true'))
+        allow(True)
         server.dispose()
     assert client.get("studies").status_code == 200
-    assert client.get("/readyz").status_code == 200
+    assert client.get("http://testserver/readyz").status_code == 200
 
 
 def test_an_unmigrated_database_is_not_ready(empty_url: str) -> None:
@@ -317,7 +321,10 @@ def test_an_unmigrated_database_is_not_ready(empty_url: str) -> None:
         with TestClient(make_app(engine)) as client:
             answer = client.get("/readyz")
             assert answer.status_code == 503
-            assert "upgrade" in answer.json()["error"]["message"]
+            assert "whetstone db upgrade" in answer.json()["error"]["message"]
+            missing = client.get("/api/v1/studies", headers=bearer("admin"))
+            assert missing.status_code == 503
+            assert "whetstone db upgrade" in missing.json()["error"]["message"]
             assert client.get("/healthz").json() == {"status": "alive"}
     finally:
         engine.dispose()
@@ -326,7 +333,7 @@ def test_an_unmigrated_database_is_not_ready(empty_url: str) -> None:
 def test_metrics_count_and_name_nothing(client: TestClient, engine: Engine) -> None:
     launched(client, name="a very private name")
     claimed(client, "private-worker")
-    text = client.get("/metrics", headers={"Authorization": ""}).text
+    text = client.get("http://testserver/metrics", headers={"Authorization": ""}).text
     assert 'whetstone_trials{state="leased"} 1.0' in text
     assert "whetstone_leases 1.0" in text
     assert 'whetstone_workers{state="busy"} 1.0' in text
