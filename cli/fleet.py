@@ -16,7 +16,7 @@ app = typer.Typer(help="See and drain workers.", no_args_is_help=True)
 def list_workers(url: Url = None, token: Token = None, json: Json = False) -> None:
     """List the workers that have been seen."""
     with connect(url, token) as client:
-        workers = client.get("/api/v1/workers")["items"]
+        workers = client.get("/api/v1/workers")
     if json:
         output.print_json(workers)
         return

@@ -130,7 +130,7 @@ def _serve(
     )
     config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=3, lifespan="on")
     server = uvicorn.Server(config)
-    with Reaper(coordinator), _noted(chosen.home_dir, url, admin):
+    with Reaper(coordinator, chosen.term_s / 3), _noted(chosen.home_dir, url, admin):
         threading.Thread(
             target=_announce, args=(server, url, admin, link.path, json_line), name="announce", daemon=True
         ).start()
