@@ -6,8 +6,8 @@ of ours sent it: by `Sec-Fetch-Site: same-origin`, or, where the browser sends n
 other than localhost), by an `Origin` equal to the host that was asked. Neither can be set by a page's scripts.
 
 A request with `Authorization: Bearer` is exempt: no browser adds that one by itself (it does add Basic, behind a proxy
-that asks for it), and a script of another origin may not (CORS). So are requests under /api without a cookie, which are nobody's. The invariant: what this lets through
-on the strength of a cookie was sent by this origin.
+that asks for it), and a script of another origin may not (CORS). So are requests under /api without a cookie, which
+are nobody's. The invariant: what this lets through on the strength of a cookie was sent by this origin.
 """
 
 from __future__ import annotations

@@ -23,12 +23,7 @@ _NUMBER = re.compile(
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-4 as a number (YAML 1.1 wants 1.0e-4), leaves dates as text and refuses repeated keys."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":timestamp"))]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
+    """SafeLoader that reads 1e-4 as a number (YAML 1.1 wants 1.0e-4), leaves dates as text, refuses repeated keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -40,12 +35,26 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":timestamp"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789."))
 
 
 class _Dumper(yaml.SafeDumper):
+    """Lists of plain values, and small mappings of them, stand on one line; nothing is an alias."""
+
     def ignore_aliases(self, data: Any) -> bool:
         return True
+
+    def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> yaml.SequenceNode:
+        plain = not any(isinstance(part, dict | list) for part in sequence)
+        return super().represent_sequence(tag, sequence, flow_style=plain)
+
+    def represent_mapping(self, tag: str, mapping: Any, flow_style: bool | None = None) -> yaml.MappingNode:
+        small = 0 < len(mapping) <= 4 and not any(isinstance(part, dict | list) for part in mapping.values())
+        return super().represent_mapping(tag, mapping, flow_style=small)
 
 
 def read(text: str, at: str = "document") -> dict[str, Any]:
@@ -67,8 +76,8 @@ def read(text: str, at: str = "document") -> dict[str, Any]:
 
 
 def write(document: Any) -> str:
-    """YAML for reading and editing: keys in their order, the innermost lists and mappings on one line."""
-    return yaml.dump(document, Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=100, allow_unicode=True)
+    """YAML for reading and editing, its keys in their order."""
+    return yaml.dump(document, Dumper=_Dumper, sort_keys=False, default_flow_style=False, width=100, allow_unicode=True)
 
 
 def _survey(text: str, at: str) -> None:

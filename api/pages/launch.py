@@ -42,9 +42,7 @@ BLANK = {"name": "", "trials": "", "hours": "", "target": "", "sampler": "", "pr
 
 
 @routes.get("/studies/new")
-def form(
-    request: Request, _: Actor, hpo: Hpo, preset: Annotated[str | None, Query(max_length=100)] = None
-) -> Response:
+def form(request: Request, _: Actor, hpo: Hpo, preset: Annotated[str | None, Query(max_length=100)] = None) -> Response:
     presets = _presets(request)
     chosen = preset if preset is not None else next(iter(_ordered(presets)), "external")
     if chosen not in presets:
@@ -150,8 +148,8 @@ def launch(
 def overlay(base: Mapping[str, Any], typed: Mapping[str, str]) -> dict[str, Any]:
     """The document with the form's fields over it. A document that is no mapping where it should be stays as it is.
 
-    >>> overlay({"name": "a", "sampler": {"name": "gp", "n_startup_trials": 5}}, {**BLANK, "sampler": "gp", "trials": "9"})
-    {'name': 'a', 'sampler': {'name': 'gp', 'n_startup_trials': 5}, 'budget': {'trials': 9}}
+    >>> overlay({"name": "a", "sampler": {"name": "gp"}}, {**BLANK, "name": "b", "sampler": "gp", "trials": "9"})
+    {'name': 'b', 'sampler': {'name': 'gp'}, 'budget': {'trials': 9}}
     """
     made = dict(base)
     if typed["name"].strip():

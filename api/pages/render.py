@@ -54,6 +54,7 @@ def _environment() -> jinja2.Environment:
         words.ago,
         words.budget_lines,
         words.by_layer,
+        words.capitalize_first,
         words.chance,
         words.duration,
         words.exact,

@@ -12,6 +12,8 @@ from api.pages import words
 from api.pages.access import Actor, Reader
 from api.pages.base import Hpo, Study, Trial, router
 from api.pages.render import live, page
+from api.routes.files import FILES, resolve
+from hpo.errors import NotFound
 from hpo.views import MetricPoint, StudyView, TrialDetail
 
 routes = router()
@@ -40,7 +42,8 @@ def trial(request: Request, _: Reader, hpo: Hpo, study: Study, n: Trial) -> Resp
         live_table=live(request, "live-table", every_s),
         version=f"{detail.attempts}-{len(detail.curve)}-{last}",
         evaluate=evaluate_command(request, detail),
-        files=f"/api/v1/studies/{study}/trials/{n}/files",
+        download=f"/api/v1/studies/{study}/trials/{n}/checkpoint",
+        why_no_download=why_no_download(request, detail),
     )
 
 
@@ -65,6 +68,18 @@ def evaluate_command(request: Request, trial: TrialDetail) -> str | None:
         return None
     root = str(request.app.state.artifacts).rstrip("/")
     return f"whetstone evaluate {shlex.quote(f'{root}/{trial.checkpoint}')}"
+
+
+def why_no_download(request: Request, trial: TrialDetail) -> str | None:
+    """Why the best checkpoint's files cannot be had from this server, or None where they can."""
+    if trial.checkpoint is None:
+        return None
+    try:
+        for name in FILES.values():
+            resolve(request.app.state.artifacts, trial.checkpoint, name)
+    except NotFound as error:
+        return str(error)
+    return None
 
 
 @routes.get("/studies/{study}/trials/{n}/curve.json")
@@ -98,5 +113,5 @@ def cancel(_: Actor, hpo: Hpo, study: Study, n: Trial) -> Response:
 
 @routes.post("/studies/{study}/trials/{n}/requeue")
 def requeue(_: Actor, hpo: Hpo, study: Study, n: Trial) -> Response:
-    hpo.requeue_trial(study, n)
-    return RedirectResponse(f"/studies/{study}/trials/{n}", status_code=303)
+    again = hpo.requeue_trial(study, n)
+    return RedirectResponse(f"/studies/{study}/trials/{again.trial}", status_code=303)

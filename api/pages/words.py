@@ -163,6 +163,11 @@ def size(count: int | None) -> str:
     raise AssertionError("unreachable")
 
 
+def capitalize_first(text: str) -> str:
+    """A sentence's beginning, with the rest as it is ("Lake's runs", "API" keep their capitals)."""
+    return text[:1].upper() + text[1:]
+
+
 def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 

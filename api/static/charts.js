@@ -38,8 +38,8 @@ function base(data, { tooltip, x, y, second }) {
   return {
     animation: false,
     textStyle: { fontFamily: getComputedStyle(document.body).fontFamily },
-    grid: { left: 12, right: second ? 12 : 24, top: 46, bottom: 30, containLabel: true },
-    legend: { top: 10, type: "scroll", textStyle: { color: color("--ink") }, pageTextStyle: { color: color("--faint") }, pageIconColor: color("--ink"), pageIconInactiveColor: color("--line") },
+    grid: { left: 12, right: second ? 30 : 24, top: 46, bottom: 30, containLabel: true },
+    legend: { top: 10, left: 16, right: 16, type: "scroll", itemWidth: 16, itemHeight: 9, itemGap: 14, textStyle: { color: color("--ink") }, pageTextStyle: { color: color("--faint") }, pageIconColor: color("--ink"), pageIconInactiveColor: color("--line") },
     tooltip: {
       renderMode: "richText", // HTML tooltips need inline styles
       confine: true,
@@ -178,7 +178,7 @@ function curve(data) {
       },
       x: { name: "epoch", nameLocation: "middle", nameGap: 26, min: 0, max: Math.max(...data.epoch, 1) },
       y: valueAxis(data, [...data.value, ...data.accuracy_320]),
-      second: axis({ axisLabel: { formatter: (value) => format(value, false) }, options: { type: "value", name: "loss", scale: true, show: has(data.loss), nameTextStyle: { align: "right", color: color("--faint") } } }),
+      second: axis({ axisLabel: { formatter: (value) => format(value, false) }, options: { type: "value", name: "loss", nameLocation: "middle", nameRotate: -90, nameGap: 40, scale: true, show: has(data.loss) } }),
     }),
     series,
   };

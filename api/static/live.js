@@ -14,7 +14,9 @@ function say(text) {
 if (window.Idiomorph) {
   window.Idiomorph.defaults.ignoreActiveValue = true;
   window.Idiomorph.defaults.callbacks.beforeAttributeUpdated = (name, node) =>
-    !(name === "open" && node instanceof HTMLDetailsElement) && !(name === "hidden" && node.matches("[data-copy]"));
+    !(name === "open" && node.matches("details")) &&
+    !(name === "value" && node.matches("input:not([type=hidden])")) &&
+    !(name === "hidden" && node.matches("[data-copy]"));
 }
 
 document.body.addEventListener("htmx:beforeRequest", (event) => {
