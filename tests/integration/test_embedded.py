@@ -134,7 +134,7 @@ def test_owner_and_server_killed_together_leave_nothing_in_the_way(home: Path) -
 
 
 def test_a_server_left_behind_by_its_owner_is_ended_first(home: Path) -> None:
-    owner, url, pid = keeper(home)
+    owner, _, pid = keeper(home)
     os.kill(pid, signal.SIGSTOP)  # it cannot hear that its owner has died
     owner.kill()
     owner.wait()
