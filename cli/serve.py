@@ -92,11 +92,11 @@ def _serve(
     chosen: settings.Settings, engine: object, listener: socket.socket, *, json_line: bool, stopping: threading.Event
 ) -> None:
     import uvicorn
-    from hpo.coordinator import Coordinator
-    from hpo.expiry import Reaper
 
     from api.app import create_app
     from api.auth import OneTimeLink
+    from hpo.coordinator import Coordinator
+    from hpo.expiry import Reaper
     from hpo.tokens import Principal
     from model.spec import SiameseWorkload
 
@@ -178,7 +178,5 @@ def _announce(server: uvicorn.Server, url: str, token: str, login: str, json_lin
     output.err.print(f"    {url}{login}\n", soft_wrap=True)
     output.err.print("  In another terminal:")
     output.err.print("    whetstone study launch --preset mini    [dim]launch a study[/]")
-    output.err.print(
-        "    whetstone worker                        [dim]train its trials (as many as you have GPUs or cores)[/]\n"
-    )
+    output.err.print("    whetstone worker                        [dim]train its trials; one for each GPU or core[/]\n")
     output.err.print("  Ctrl-C stops it; studies are kept.\n")
