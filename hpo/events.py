@@ -1,7 +1,7 @@
 """News between processes, over PostgreSQL's NOTIFY: something changed, look again. The news itself is in the tables.
 
-Invariant: a notification reaches listeners only if its transaction commits, and after it has. A listener that was cut off
-is told so ("resync") as soon as it hears again, since what was said meanwhile is lost: it should then look at everything.
+Invariant: a notification reaches listeners only if its transaction commits, and after it has. A listener that was cut
+off is told so ("resync") as soon as it hears again: what was said meanwhile is lost, and it should look at everything.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self, cast, get_args
 
-import psycopg2
+import psycopg2  # type: ignore[import-untyped]
 import sqlalchemy as sa
 from sqlalchemy import URL, Connection
 
@@ -37,7 +37,7 @@ _LONGEST_PAUSE_S = 5.0
 
 @dataclass(frozen=True)
 class Event:
-    """`kind` is what changed, in study `study` where it is one study's; "resync" says that events may have been missed."""
+    """`kind` is what changed, in which study (None: not in one); "resync" says that events may have been missed."""
 
     kind: Kind | Literal["resync"]
     study: int | None
@@ -52,8 +52,9 @@ def notify(conn: Connection, kind: Kind, study_id: int | None = None) -> None:
 class Listener:
     """A thread with one connection that hands every event to `callback`, on that thread.
 
-    It starts with `start` (or as a context manager), survives restarts of the server, and ends with `stop`. The callback
-    should be quick (set a flag, wake a loop); an exception of its is logged and the listener goes on.
+    It starts with `start` (or as a context manager), survives restarts of the server, and ends with `stop`. The first
+    event of every connection is "resync". The callback should be quick (set a flag, wake a loop); an exception of its
+    is logged and the listener goes on.
     """
 
     def __init__(self, engine_url: str | URL, callback: Callable[[Event], None]) -> None:
@@ -119,8 +120,8 @@ class Listener:
         dialect = self._url.get_dialect()()
         positional, named = dialect.create_connect_args(self._url)
         # Keep-alives find a peer that vanished without a word; the probe below finds one that has stopped answering.
-        named |= {"connect_timeout": 5, "application_name": "whetstone listener"}
-        named |= {"keepalives": 1, "keepalives_idle": 15, "keepalives_interval": 5, "keepalives_count": 3}
+        named = {**named, "connect_timeout": 5, "application_name": "whetstone listener"}
+        named = {**named, "keepalives": 1, "keepalives_idle": 15, "keepalives_interval": 5, "keepalives_count": 3}
         connection = psycopg2.connect(*positional, **named)
         connection.autocommit = True
         with connection.cursor() as cursor:

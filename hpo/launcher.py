@@ -1,7 +1,7 @@
-"""Starts one PostgreSQL program as somebody it accepts, bound to the life of the process that asked. Standard library only.
+"""Starts one PostgreSQL program as somebody it accepts, bound to the life of the process that asked.
 
-Run as a file in a fresh interpreter (one thread, nothing imported), never imported by a running service: leaving the
-root identity needs a process with a single thread, and code between fork and exec is no place for a busy parent.
+Run as a file in a fresh interpreter, with the standard library only: taking another identity needs a process with a
+single thread, and between fork and exec is no place for code of a parent with many. A program gets a umask of 077.
 
     python -I -S launcher.py PARENT SIGNAL IDENTITY run   PROGRAM ARGUMENT...
     python -I -S launcher.py PARENT SIGNAL IDENTITY probe PROGRAM FOLDER...
@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> None:
     try:
         become(identity)
     except OSError as error:
-        print(f"{error.strerror} is refused here: {os.strerror(error.errno or 0)}", file=sys.stderr)
+        sys.stderr.write(f"{identity} is refused here: {error}\n")
         sys.exit(REFUSED)
     if verb == "probe":
         if not os.access(program, os.R_OK | os.X_OK):
@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> None:
         sys.exit(0 if all(os.access(folder, os.R_OK | os.W_OK | os.X_OK) for folder in rest) else UNREACHABLE_FOLDER)
     die_with(int(parent), int(signal))
     os.umask(0o077)
-    os.execv(program, [program, *rest])
+    os.execv(program, [program, *rest])  # noqa: S606
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from sqlalchemy import Connection
 Parameter = tuple[float, BaseDistribution]
 """A parameter as Optuna stores it: the internal value (a category's index) and the distribution it was drawn from."""
 
-# Excludes itself and stock Optuna's FOR UPDATE, but not the key-share locks of foreign keys: a report never waits for it.
+# Excludes itself and stock Optuna's FOR UPDATE, but not the key-share locks of foreign keys: no report waits for it.
 _LOCK_STUDY = sa.text("SELECT study_id FROM public.studies WHERE study_id = :study FOR NO KEY UPDATE")
 
 # A trial with all it has. The number is read after the lock, in a new statement: one that locked and counted at once
@@ -135,13 +135,13 @@ _TRIALS_OF_STUDY = sa.text(f"""
     WHERE study_id = :study AND (trial_id > :newer OR trial_id = ANY(CAST(:also AS integer[])))
       AND (CAST(:states AS text[]) IS NULL OR state::text = ANY(CAST(:states AS text[])))
     ORDER BY trial_id
-""")
+""")  # noqa: S608
 _TRIALS_BY_ID = sa.text(f"""
     SELECT {_TRIAL_COLUMNS} FROM public.trials WHERE trial_id = ANY(CAST(:ids AS integer[])) ORDER BY trial_id
-""")
+""")  # noqa: S608
 _VALUES = sa.text("""
     SELECT trial_id, array_agg(CASE value_type WHEN 'INF_POS' THEN 'Infinity' WHEN 'INF_NEG' THEN '-Infinity'
-                               ELSE value END ORDER BY objective)
+                               ELSE value END ORDER BY objective) AS found
     FROM public.trial_values WHERE trial_id = ANY(CAST(:ids AS integer[])) GROUP BY trial_id
 """)
 _PARAMS = sa.text("""
@@ -274,7 +274,7 @@ def read_trials(
     also_ids: Iterable[int] = (),
     states: Iterable[TrialState] | None = None,
 ) -> list[FrozenTrial]:
-    """The study's trials with an id above `newer_than` or among `also_ids`, in order of id, in at most six statements."""
+    """The study's trials with an id above `newer_than` or among `also_ids`, by id, in at most six statements."""
     rows = conn.execute(
         _TRIALS_OF_STUDY,
         {
@@ -296,7 +296,7 @@ def _frozen(conn: Connection, rows: Sequence[sa.Row[Any]]) -> list[FrozenTrial]:
     if not rows:
         return []
     ids = {"ids": [row.trial_id for row in rows]}
-    values = {trial: found for trial, found in conn.execute(_VALUES, ids)}
+    values = {row.trial_id: row.found for row in conn.execute(_VALUES, ids)}
     params = {trial: found for trial, *found in conn.execute(_PARAMS, ids)}
     reports = {trial: dict(zip(steps, found, strict=True)) for trial, steps, found in conn.execute(_REPORTS, ids)}
     system_attrs = _grouped(conn, _SYSTEM_ATTRIBUTES, ids)

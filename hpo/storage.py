@@ -77,9 +77,9 @@ _OF_TRIALS = (
 )
 _OF_STUDY = ("trials", "study_directions", "study_system_attributes", "study_user_attributes", "studies")
 _DELETE_STUDY = [
-    sa.text(f"DELETE FROM public.{table} x USING public.trials t WHERE x.trial_id = t.trial_id AND t.study_id = :study")
+    sa.text(f"DELETE FROM public.{table} x USING public.trials t WHERE x.trial_id = t.trial_id AND t.study_id = :study")  # noqa: S608
     for table in _OF_TRIALS
-] + [sa.text(f"DELETE FROM public.{table} WHERE study_id = :study") for table in _OF_STUDY]
+] + [sa.text(f"DELETE FROM public.{table} WHERE study_id = :study") for table in _OF_STUDY]  # noqa: S608
 
 # Stock Optuna takes this lock too, before it numbers a trial of the study.
 _LOCK_STUDY_TO_DELETE = sa.text("SELECT study_id FROM public.studies WHERE study_id = :study FOR UPDATE")
@@ -127,8 +127,8 @@ _COUNT = sa.text("""
 class PostgresStorage(BaseStorage):
     """A stock Optuna database behind one engine; safe to share between threads.
 
-    Differs from Optuna's own `RDBStorage` in that it joins the thread's transaction, reads many trials in six statements,
-    and never leaves part of a trial behind. The tables must be there: `database.upgrade` makes them.
+    Differs from Optuna's own `RDBStorage` in that it joins the thread's transaction, reads many trials in six
+    statements, and never leaves part of a trial behind. The tables must be there: `database.upgrade` makes them.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -199,7 +199,7 @@ class PostgresStorage(BaseStorage):
             attrs: dict[str, dict[int, dict[str, Any]]] = {"user": {}, "system": {}}
             for kind, found in attrs.items():
                 for study_id, key, text in conn.execute(
-                    sa.text(f"SELECT study_id, key, value_json FROM public.study_{kind}_attributes")
+                    sa.text(f"SELECT study_id, key, value_json FROM public.study_{kind}_attributes")  # noqa: S608
                 ):
                     found.setdefault(study_id, {})[key] = json.loads(text)
         return [
@@ -366,7 +366,7 @@ class PostgresStorage(BaseStorage):
     def _study_attrs(self, kind: str, study_id: int) -> dict[str, Any]:
         with transaction(self.engine) as conn:
             rows = conn.execute(
-                sa.text(f"SELECT key, value_json FROM public.study_{kind}_attributes WHERE study_id = :study"),
+                sa.text(f"SELECT key, value_json FROM public.study_{kind}_attributes WHERE study_id = :study"),  # noqa: S608
                 {"study": study_id},
             ).all()
         if not rows:
@@ -379,7 +379,7 @@ def _upsert(of: str, kind: str) -> sa.TextClause:
     return sa.text(f"""
         INSERT INTO public.{of}_{kind}_attributes ({of}_id, key, value_json) VALUES (:id, :key, :text)
         ON CONFLICT ({of}_id, key) DO UPDATE SET value_json = excluded.value_json
-    """)
+    """)  # noqa: S608
 
 
 def _listed(states: Container[TrialState] | None) -> list[TrialState] | None:

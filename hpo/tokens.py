@@ -30,7 +30,8 @@ _CREATE = sa.text("""
     RETURNING token_id
 """)
 _LISTING = sa.text("""
-    SELECT token_id, name, role, created_at, expires_at, last_used_at, revoked_at FROM whetstone.tokens ORDER BY token_id
+    SELECT token_id, name, role, created_at, expires_at, last_used_at, revoked_at
+    FROM whetstone.tokens ORDER BY token_id
 """)
 _REVOKE = sa.text("""
     UPDATE whetstone.tokens SET revoked_at = coalesce(revoked_at, clock_timestamp()) WHERE token_id = :token_id
@@ -43,7 +44,7 @@ _FIND = sa.text(f"""
     SELECT t.token_id, t.name, t.role, t.sha256,
            t.last_used_at IS NULL OR t.last_used_at < clock_timestamp() - interval '1 minute' AS untouched
     FROM whetstone.tokens t WHERE t.sha256 = :sha256 AND {_ALIVE}
-""")
+""")  # noqa: S608
 # Whoever finds the row taken leaves it: somebody else is writing the same minute.
 _TOUCH = sa.text("""
     UPDATE whetstone.tokens SET last_used_at = clock_timestamp()
@@ -59,7 +60,7 @@ _FIND_SESSION = sa.text(f"""
     SELECT s.role, s.sha256, s.token_id, t.name FROM whetstone.sessions s
     LEFT JOIN whetstone.tokens t ON t.token_id = s.token_id
     WHERE s.sha256 = :sha256 AND s.expires_at > clock_timestamp() AND (s.token_id IS NULL OR ({_ALIVE}))
-""")
+""")  # noqa: S608
 _CLOSE_SESSION = sa.text("DELETE FROM whetstone.sessions WHERE sha256 = :sha256")
 
 
