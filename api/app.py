@@ -7,8 +7,6 @@ error shape.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -19,6 +17,7 @@ from fastapi import FastAPI
 from sqlalchemy import Engine
 
 from api import auth, errors, limits, openapi
+from api.pages import mount
 from api.routes import events, files, health, leases, sign_in, studies, trials, workers
 from api.wait import Waiting
 from hpo.coordinator import Coordinator
@@ -79,11 +78,5 @@ def create_app(
         app.include_router(module.router, prefix="/api/v1")
     app.include_router(health.router)
     openapi.install(app)
-    _install_pages(app)
+    mount.install(app)  # last, so that its headers also stand on what the others answer
     return app
-
-
-def _install_pages(app: FastAPI) -> None:
-    """The pages add their routes, files, headers and cross-site guard; without them the REST API stands alone."""
-    if importlib.util.find_spec("api.pages.mount") is not None:
-        importlib.import_module("api.pages.mount").install(app)

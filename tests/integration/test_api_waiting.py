@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import httpx2
@@ -15,7 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy import Engine
 
 from api import wait
-from tests.integration.api_server import BRANIN, SECRETS, bearer, make_app, served
+from tests.integration.api_server import BRANIN, EXTERNAL, SECRETS, bearer, make_app, served
 
 
 @pytest.fixture
@@ -97,6 +98,41 @@ def test_a_claim_whose_client_has_gone_takes_no_trial(server: tuple[str, Any]) -
         study = http.post("studies", json=BRANIN).json()["study"]
         time.sleep(0.5)
         assert http.get(f"studies/{study}").json()["counts"]["leased"] == 0
+
+
+@contextmanager
+def locked(engine: Engine, study: int) -> Iterator[None]:
+    """Nobody numbers a trial of this study meanwhile: whoever tries waits."""
+    with engine.connect() as connection:
+        connection.execute(sa.text("SELECT 1 FROM public.studies WHERE study_id = :study FOR UPDATE"), {"study": study})
+        yield
+        connection.rollback()
+
+
+def test_a_lease_that_nobody_heard_of_is_given_back(server: tuple[str, Any], engine: Engine) -> None:
+    url, _ = server
+    with client(url) as http:
+        study = http.post("studies", json=BRANIN).json()["study"]
+        with locked(engine, study), pytest.raises(httpx2.TimeoutException):
+            http.post("claims", json={"worker": "gone"}, timeout=0.7)
+        until(lambda: http.get(f"studies/{study}").json()["counts"]["queued"] == 1)
+        attempt = http.get(f"studies/{study}/trials/0").json()["history"][0]
+        assert (attempt["worker"], attempt["state"]) == ("gone", "released")
+
+
+def test_sixty_asks_that_take_long_leave_a_thread_to_a_report(server: tuple[str, Any], engine: Engine) -> None:
+    url, _ = server
+    with client(url) as http, ThreadPoolExecutor(60) as pool:
+        slow = http.post("studies", json=EXTERNAL).json()["study"]
+        http.post("studies", json=BRANIN)
+        lease = http.post("claims", json={"worker": "w"}).json()
+        with locked(engine, slow):
+            asks = [pool.submit(http.post, f"studies/{slow}/ask", json={"worker": f"w{n}"}) for n in range(60)]
+            time.sleep(2.0)
+            assert not any(each.done() for each in asks)
+            report = http.post(f"leases/{lease['lease']}/report", json={"token": lease["token"]}, timeout=5.0)
+            assert report.json()["verdict"] == "go_on"
+        assert {each.result(30).status_code for each in asks} == {201}
 
 
 def lines(stream: httpx2.Response) -> Iterator[tuple[str, Any]]:
