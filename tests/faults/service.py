@@ -1,4 +1,4 @@
-"""The real service as processes: `whetstone serve` on a real PostgreSQL, real `whetstone worker`s, to be killed at will."""
+"""The real service as processes: `whetstone serve` on a real PostgreSQL, `whetstone worker`s, to be killed at will."""
 
 from __future__ import annotations
 
@@ -39,7 +39,14 @@ TINY_SETTINGS: dict[str, Any] = {
 """A network that trains an epoch in a few milliseconds, with a checkpoint at every step."""
 
 SPACE: list[dict[str, Any]] = [
-    {"name": "eta", "type": "float", "low": 1e-3, "high": 1e-1, "log": True, "labels": ["conv1", "conv2", "fc", "output"]},
+    {
+        "name": "eta",
+        "type": "float",
+        "low": 1e-3,
+        "high": 1e-1,
+        "log": True,
+        "labels": ["conv1", "conv2", "fc", "output"],
+    },
     {"name": "mu", "type": "float", "low": 0.0, "high": 0.9},
 ]
 
@@ -127,7 +134,9 @@ class Service:
         end = time.monotonic() + timeout_s
         while not (found := condition()):
             if time.monotonic() > end or (self.api is not None and self.api.poll() not in (None, -signal.SIGKILL)):
-                logs = "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in self.home.glob("*.log"))
+                logs = "\n".join(
+                    f"--- {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in self.home.glob("*.log")
+                )
                 raise AssertionError(f"{what} within {timeout_s:g} s\n{logs}")
             time.sleep(0.02)
         return found
