@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from optuna.trial import TrialState
 
 from hpo.errors import Conflict, Invalid, LeaseLost, NotFound
-from hpo.protocol import EpochReport, ReportRequest, TellRequest, Verdict
+from hpo.protocol import EpochReport, ReportRequest, Verdict
 from tests.integration.leases_harness import (
     ALICE,
     MALLORY,
@@ -636,8 +636,3 @@ def test_no_deadlock_under_load(engine: sa.Engine) -> None:
                            WHERE a.state = 'leased' AND t.state <> 'RUNNING'""")
             ).scalar_one()
             assert live == 0
-
-
-def test_a_tell_of_the_wrong_type_is_refused_at_the_edge() -> None:
-    with pytest.raises(ValueError):
-        TellRequest(token=1, outcome="complete", value=math.nan)

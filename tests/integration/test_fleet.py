@@ -1,0 +1,110 @@
+"""Workers against a real PostgreSQL: one device, one worker; a drained worker finishes and gets no more."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import sqlalchemy as sa
+
+from hpo.coordinator import Coordinator
+from hpo.errors import Conflict, NotFound
+from hpo.protocol import Verdict, WorkerHello
+from tests.integration.leases_harness import ALICE, ask, claim, coordinator, must_claim, report, study, tell, together
+
+TWO = ["GPU-aaaa", "GPU-bbbb"]
+
+
+def hello(desk: Coordinator, worker: str, host: str = "h1", devices: list[str] | None = None) -> str | None:
+    offered = TWO if devices is None else devices
+    return desk.hello(WorkerHello(worker=worker, host=host, devices=offered, version="1"), ALICE).device
+
+
+def test_two_workers_of_one_host_get_two_devices(engine: sa.Engine) -> None:
+    desk = coordinator(engine)
+    assert hello(desk, "w1") == "GPU-aaaa"
+    assert hello(desk, "w2") == "GPU-bbbb"
+    assert hello(desk, "w3") is None
+    assert hello(desk, "w4", host="h2") == "GPU-aaaa", "another host has devices of its own"
+    assert hello(desk, "w2") == "GPU-bbbb", "who comes back keeps its device"
+
+
+def test_workers_that_start_together_never_share_a_device(engine: sa.Engine) -> None:
+    desk, other = coordinator(engine), coordinator(engine)
+    devices = [f"GPU-{place}" for place in range(5)]
+    calls = [
+        lambda worker=f"w{n}", mine=(desk, other)[n % 2]: hello(mine, worker, devices=devices)  # type: ignore[misc]
+        for n in range(8)
+    ]
+    given = together(*calls)
+    assert sorted(device for device in given if device is not None) == devices  # type: ignore[type-var]
+
+
+def test_a_silent_workers_device_is_free_after_two_terms(engine: sa.Engine) -> None:
+    desk = coordinator(engine, term_s=0.4)
+    assert hello(desk, "w1", devices=["GPU-a"]) == "GPU-a"
+    time.sleep(0.5)
+    assert hello(desk, "w2", devices=["GPU-a"]) is None, "one term is not enough"
+    time.sleep(0.5)
+    assert hello(desk, "w2", devices=["GPU-a"]) == "GPU-a"
+    assert {worker.worker: worker.state for worker in desk.list_workers()}["w1"] == "silent"
+
+
+def test_reports_keep_a_workers_device(engine: sa.Engine) -> None:
+    desk = coordinator(engine, term_s=0.5)
+    desk.create_study(study())
+    hello(desk, "w1", devices=["GPU-a"])
+    lease = must_claim(desk, "w1")
+    for _ in range(6):
+        time.sleep(0.3)
+        report(desk, lease)
+    assert hello(desk, "w2", devices=["GPU-a"]) is None
+
+
+def test_workers_without_a_device_and_on_cpu_are_welcome(engine: sa.Engine) -> None:
+    desk = coordinator(engine)
+    assert hello(desk, "w1", devices=[]) is None
+    assert hello(desk, "w2", devices=["cpu"]) == "cpu"
+    assert hello(desk, "w3", devices=["cpu"]) == "cpu"
+
+
+def test_a_drained_worker_finishes_its_trial_and_gets_no_other(engine: sa.Engine) -> None:
+    desk = coordinator(engine)
+    made = desk.create_study(study())
+    hello(desk, "w1")
+    lease = must_claim(desk, "w1")
+    assert desk.drain_worker("w1").state == "draining"
+    assert report(desk, lease, {0: 0.5}).verdict == Verdict.GO_ON
+    assert tell(desk, lease).state == "complete"
+    assert claim(desk, "w1") is None
+    with pytest.raises(Conflict, match="drained"):
+        ask(desk, made.study, "w1")
+    assert claim(desk, "w2") is not None
+    hello(desk, "w1")
+    assert claim(desk, "w1") is not None, "a worker that introduces itself anew works again"
+    with pytest.raises(NotFound):
+        desk.drain_worker("nobody")
+
+
+def test_the_fleet_shows_who_does_what(engine: sa.Engine) -> None:
+    desk = coordinator(engine)
+    made = desk.create_study(study())
+    hello(desk, "busy")
+    hello(desk, "idle")
+    tell(desk, must_claim(desk, "busy"))
+    tell(desk, must_claim(desk, "busy"), None, "failed")
+    lease = must_claim(desk, "busy", )
+    workers = {worker.worker: worker for worker in desk.list_workers()}
+    assert (workers["busy"].state, workers["busy"].study, workers["busy"].trial) == ("busy", made.study, lease.trial)
+    assert (workers["busy"].trials_done, workers["busy"].device, workers["busy"].host) == (2, "GPU-aaaa", "h1")
+    assert (workers["idle"].state, workers["idle"].trial, workers["idle"].trials_done) == ("idle", None, 0)
+    with engine.begin() as conn:
+        conn.execute(sa.text("UPDATE whetstone.workers SET last_seen = last_seen - interval '25 hours'"))
+    assert [worker.worker for worker in desk.list_workers()] == ["busy"], "who is long gone and holds nothing is left out"
+
+
+def test_a_claim_makes_an_unknown_worker_known(engine: sa.Engine) -> None:
+    desk = coordinator(engine)
+    assert claim(desk, "new", device="cpu\x00", memory_bytes=5, version="9") is None
+    (worker,) = desk.list_workers()
+    assert (worker.worker, worker.state, worker.memory_bytes, worker.version) == ("new", "idle", 5, "9")
