@@ -4,9 +4,9 @@ Needs no torch: a coordinator checks a study with it, and never leases a point t
 is named, with its place, in one pass. Invariant: `config` accepts exactly the points that `feasible` finds nothing
 against, and `config(**c.document()) == c`, so that a checkpoint carries its own recipe.
 
-Settings are fixed for a study; a point may sweep any of them by name but those in `FROZEN`, which
-decide what the objective measures. The hyperparameters eta, mu and lambda are one number for all layers or
-{label: number}; what a point leaves out of them may be fixed in the settings under the same names.
+Settings are fixed for a study; a point may sweep any of them by name but those in `FROZEN`, which decide what the
+objective measures. The hyperparameters eta, mu and lambda are one number for all layers or {label: number}; what a
+point leaves out of them may be fixed in the settings under the same names.
 """
 
 from __future__ import annotations
