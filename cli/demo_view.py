@@ -63,22 +63,27 @@ def progress(
 
 
 def result_table(result: dict[str, Any]) -> RenderableType:
-    """The best trials by layer, with 95% intervals, next to what costs nothing."""
-    labels = list(next(iter(result["best"]["params"].values())))
-    columns: list[str | tuple[str, str]] = ["", ("accuracy", "right"), ("95% interval", "right"), ""]
-    rows: list[list[str]] = []
-    blank = [""] * len(labels)
-    for row in result["top"]:
-        head = [f"trial {row['trial']}", f"[bold green]{output.percent(row['accuracy'])}[/]", interval(row["interval"])]
-        for position, (name, values) in enumerate(row["params"].items()):
-            numbers = [output.show(values[label]) for label in labels]
-            rows.append([*(head if position == 0 else ["", "", ""]), name, *numbers])
-        rows.append(["", "", "", "", *blank])
+    """The best trials with 95% intervals next to what costs nothing, then their hyperparameters by layer."""
+    scores = [
+        [f"trial {row['trial']}", f"[bold green]{output.percent(row['accuracy'])}[/]", interval(row["interval"])]
+        for row in result["top"]
+    ]
     for key, name in BASELINES.items():
         line = result["baselines"][key]
         bounds = interval(line["interval"]) if "interval" in line else ""
-        rows.append([name, output.percent(line["accuracy"]), bounds, "", *blank])
-    return output.table(None, [*columns, *((label, "right") for label in labels)], rows)
+        scores.append([name, output.percent(line["accuracy"]), bounds])
+    labels = list(next(iter(result["best"]["params"].values())))
+    points: list[list[str]] = []
+    for row in result["top"]:
+        for position, (name, values) in enumerate(row["params"].items()):
+            trial = f"trial {row['trial']}" if position == 0 else ""
+            points.append([trial, name, *(output.show(values[label]) for label in labels)])
+        points.append([""] * (2 + len(labels)))
+    return Group(
+        output.table(None, ["", ("accuracy", "right"), ("95% interval", "right")], scores),
+        Text(),
+        output.table(None, ["", "", *((label, "right") for label in labels)], points[:-1]),
+    )
 
 
 def interval(bounds: list[float]) -> str:

@@ -100,4 +100,7 @@ def show(value: Any) -> str:
     """One hyperparameter, short: three significant digits for floats, everything else as it is."""
     if value is None:
         return ""
-    return f"{value:.3g}" if isinstance(value, float) else escape(str(value))
+    if not isinstance(value, float):
+        return escape(str(value))
+    short = f"{value:.3g}"
+    return short if abs(value) >= 1e-3 or value == 0 else f"{value:.1e}".replace("e-0", "e-")
