@@ -20,6 +20,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from hpo.errors import DatabaseUnavailable, WhetstoneError
 from hpo.tables import SCHEMA
@@ -28,6 +29,7 @@ T = TypeVar("T")
 
 _RETRIABLE = {"40001", "40P01"}  # serialization failure, deadlock: PostgreSQL rolled the whole transaction back
 _SHUTTING_DOWN = {"57P01", "57P02", "57P03"}
+_FORBIDDEN, _READ_ONLY = "42501", "25006"
 _UPGRADE_LOCK = 0x77686574  # one upgrade at a time on a database
 
 
@@ -43,7 +45,14 @@ class DatabaseTooNew(WhetstoneError):
     code = "database_too_new"
 
 
-def connect(url: str, *, pool_size: int = 10, max_overflow: int = 40, connect_timeout_s: int = 5) -> Engine:
+def connect(
+    url: str,
+    *,
+    pool_size: int = 10,
+    max_overflow: int = 40,
+    pool_timeout_s: float = 30.0,
+    connect_timeout_s: int = 5,
+) -> Engine:
     """An engine for a PostgreSQL address (``postgres://``, ``postgresql://``, ``+psycopg2``). Opens no connection.
 
     Raises `DatabaseUnavailable` where the address is none of these.
@@ -53,7 +62,7 @@ def connect(url: str, *, pool_size: int = 10, max_overflow: int = 40, connect_ti
         pool_pre_ping=True,
         pool_size=pool_size,
         max_overflow=max_overflow,
-        pool_timeout=30.0,
+        pool_timeout=pool_timeout_s,
         connect_args={"connect_timeout": connect_timeout_s, "application_name": "whetstone"},
     )
     event.listen(engine, "connect", _at_home)
@@ -114,8 +123,11 @@ def transaction(engine: Engine) -> Iterator[Connection]:
             joined.doomed = True
             raise
         return
-    with _translated(engine):
-        connection = engine.connect()
+    try:
+        with _translated(engine):
+            connection = engine.connect()
+    except PoolTimeout as error:
+        raise DatabaseUnavailable(f"{_place(engine)} is busy: every connection of this process is in use") from error
     with contextlib.closing(connection), _translated(engine):
         opened = _open.by_engine[id(engine)] = _Transaction(connection)
         begun = connection.begin()
@@ -196,14 +208,16 @@ def _lost(error: DBAPIError) -> bool:
 
 
 def _unavailable(engine: Engine, how: str, error: DBAPIError) -> str:
-    url = engine.url
-    host = url.host or url.query.get("host") or "the local socket"
-    place = f"{host}:{url.port}" if url.port else host
     lines = [line.strip() for line in str(error.orig).splitlines() if line.strip()]
     detail = lines[0] if lines else type(error.orig).__name__
-    if url.password:
-        detail = detail.replace(str(url.password), "***")
-    return f"PostgreSQL at {place} {how}: {detail}"
+    if engine.url.password:
+        detail = detail.replace(str(engine.url.password), "***")
+    return f"{_place(engine)} {how}: {detail}"
+
+
+def _place(engine: Engine) -> str:
+    host = engine.url.host or engine.url.query.get("host") or "the local socket"
+    return f"PostgreSQL at {host}:{engine.url.port}" if engine.url.port else f"PostgreSQL at {host}"
 
 
 # The schema: Optuna's tables by Optuna, ours by our Alembic history, one upgrade at a time.
@@ -217,7 +231,7 @@ def upgrade(engine: Engine) -> None:
     Repeating it changes nothing, and two at once wait for each other. Raises `DatabaseUnavailable`; `DatabaseTooNew`
     before anything is touched.
     """
-    with _translated(engine), engine.connect() as guard:
+    with _translated(engine), _permitted(engine), engine.connect() as guard:
         guard.execution_options(isolation_level="AUTOCOMMIT")
         guard.execute(sa.text("SELECT pg_advisory_lock(:key)"), {"key": _UPGRADE_LOCK})
         try:
@@ -228,6 +242,23 @@ def upgrade(engine: Engine) -> None:
         finally:
             with contextlib.suppress(DBAPIError):
                 guard.execute(sa.text("SELECT pg_advisory_unlock(:key)"), {"key": _UPGRADE_LOCK})
+
+
+@contextlib.contextmanager
+def _permitted(engine: Engine) -> Iterator[None]:
+    try:
+        yield
+    except DBAPIError as error:
+        code = getattr(error.orig, "pgcode", None)
+        if code == _FORBIDDEN:
+            remedy = "make that user the database's owner, or run `whetstone db upgrade` as one who may"
+            fault = f"refuses to make tables for the user {engine.url.username}"
+        elif code == _READ_ONLY:
+            remedy = "point DATABASE_URL at the primary server"
+            fault = "is read-only"
+        else:
+            raise
+        raise DatabaseUnavailable(f"{_place(engine)} {fault}: {remedy}") from error
 
 
 def check(engine: Engine) -> SchemaState:

@@ -69,6 +69,7 @@ class EmbeddedPostgres:
         self._process: subprocess.Popen[bytes] | None = None
         self._stopping = threading.Event()
         self._gave_up = threading.Event()
+        self._owner = os.getpid()
 
     @property
     def url(self) -> str:
@@ -85,6 +86,7 @@ class EmbeddedPostgres:
         """Start the server, making its data folder first if there is none, and return its URL once it answers."""
         if self._keeper is not None:
             return self.url
+        self._owner = os.getpid()
         place = self._place
         self._lock = place.lock()
         try:
@@ -109,6 +111,8 @@ class EmbeddedPostgres:
     def stop(self) -> None:
         """Stop the server (a fast shutdown: open transactions are rolled back) and free the home. Safe to repeat."""
         atexit.unregister(self.stop)
+        if os.getpid() != self._owner:
+            return  # a fork of ours has no part in it
         self._stopping.set()
         process, keeper = self._process, self._keeper
         if keeper is not None:

@@ -29,6 +29,8 @@ def become(identity: str) -> None:
     if identity == "self":
         return
     if identity == "namespace":
+        if not sys.platform.startswith("linux"):
+            raise OSError("this system has no user namespaces")
         uid, gid = os.geteuid(), os.getegid()
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.unshare(CLONE_NEWUSER) != 0:

@@ -87,13 +87,18 @@ class Place:
         except OSError as error:
             raise EmbeddedError(f"cannot write to {self.folder}: {error.strerror}; {REMEDIES}") from None
         for _ in range(20):  # `locked` holds it for an instant
-            with contextlib.suppress(BlockingIOError):
+            try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.025)
+            except OSError as error:  # some network file systems have no locks
+                handle.close()
+                raise EmbeddedError(f"cannot lock {self.lock_file}: {error.strerror}; {REMEDIES}") from None
+            else:
                 handle.truncate(0)
                 handle.write(f"{os.getpid()}\n")
                 handle.flush()
                 return handle
-            time.sleep(0.025)
         pid = handle.read().strip() or "unknown"
         handle.close()
         raise EmbeddedError(

@@ -396,3 +396,26 @@ def test_a_server_lost_in_the_middle_is_the_same_error(counter: Engine) -> None:
 
     with pytest.raises(DatabaseUnavailable):
         work()
+
+
+def test_a_user_who_may_not_make_tables_is_told_what_to_do(empty: Engine) -> None:
+    role = f"{empty.url.database}_guest"
+    with empty.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(sa.text(f"CREATE ROLE {role} LOGIN PASSWORD 'secret'"))
+    query = {name: text for name, text in empty.url.query.items() if name != "passfile"}
+    url = empty.url.set(username=role, password="secret", query=query).render_as_string(hide_password=False)
+    engine = database.connect(url)
+    try:
+        with pytest.raises(DatabaseUnavailable, match=f"refuses to make tables for the user {role}.*db upgrade"):
+            database.upgrade(engine)
+    finally:
+        engine.dispose()
+        with empty.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.execute(sa.text(f"DROP ROLE {role}"))
+
+
+def test_a_process_out_of_connections_says_so(postgres_url: str) -> None:
+    engine = database.connect(postgres_url, pool_size=1, max_overflow=0, pool_timeout_s=0.2)
+    with engine.connect(), pytest.raises(DatabaseUnavailable, match="every connection of this process is in use"):
+        database.ping(engine)
+    engine.dispose()

@@ -187,6 +187,18 @@ def test_stopping_is_a_clean_shutdown_and_can_be_repeated(home: Path) -> None:
     server.stop()
 
 
+def test_a_fork_that_ends_takes_no_server_along(home: Path) -> None:
+    with EmbeddedPostgres(home, settings=FAST) as server:
+        child = os.fork()
+        if child == 0:
+            server.stop()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert ask(server.url) == 1
+        with pytest.raises(EmbeddedError, match=f"pid {os.getpid()}"):
+            EmbeddedPostgres(home).start()
+
+
 def test_a_second_server_on_one_home_is_refused_naming_the_first(home: Path) -> None:
     owner, _, _ = keeper(home)
     try:
