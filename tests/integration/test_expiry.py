@@ -215,7 +215,11 @@ def test_an_expiry_and_a_message_at_once_leave_one_truth(engine: sa.Engine, riva
             assert (trial.state, last) == ("queued", "lost")
             assert isinstance(answer, LeaseLost) or answer.verdict == Verdict.LOST  # type: ignore[union-attr]
         else:
-            expected = {"tell": ("complete", "complete"), "release": ("queued", "released"), "report": ("leased", "leased")}
+            expected = {
+                "tell": ("complete", "complete"),
+                "release": ("queued", "released"),
+                "report": ("leased", "leased"),
+            }
             assert (trial.state, last) == expected[rival]
             if rival == "report":
                 tell(desk, lease)

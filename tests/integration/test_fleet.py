@@ -93,14 +93,19 @@ def test_the_fleet_shows_who_does_what(engine: sa.Engine) -> None:
     hello(desk, "idle")
     tell(desk, must_claim(desk, "busy"))
     tell(desk, must_claim(desk, "busy"), None, "failed")
-    lease = must_claim(desk, "busy", )
+    lease = must_claim(
+        desk,
+        "busy",
+    )
     workers = {worker.worker: worker for worker in desk.list_workers()}
     assert (workers["busy"].state, workers["busy"].study, workers["busy"].trial) == ("busy", made.study, lease.trial)
     assert (workers["busy"].trials_done, workers["busy"].device, workers["busy"].host) == (2, "GPU-aaaa", "h1")
     assert (workers["idle"].state, workers["idle"].trial, workers["idle"].trials_done) == ("idle", None, 0)
     with engine.begin() as conn:
         conn.execute(sa.text("UPDATE whetstone.workers SET last_seen = last_seen - interval '25 hours'"))
-    assert [worker.worker for worker in desk.list_workers()] == ["busy"], "who is long gone and holds nothing is left out"
+    assert [worker.worker for worker in desk.list_workers()] == ["busy"], (
+        "who is long gone and holds nothing is left out"
+    )
 
 
 def test_a_claim_makes_an_unknown_worker_known(engine: sa.Engine) -> None:

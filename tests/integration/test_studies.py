@@ -1,0 +1,354 @@
+"""Studies against a real PostgreSQL: launched whole, steered, finished with their last trial, deleted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from hpo.errors import Conflict, Invalid, NotFound
+from hpo.protocol import Verdict
+from tests.integration.leases_harness import (
+    claim,
+    coordinator,
+    must_claim,
+    point,
+    release,
+    report,
+    study,
+    tell,
+    together,
+)
+
+
+def test_a_study_is_read_back_as_it_was_launched(engine: sa.Engine) -> None:
+    desk = coordinator(engine)
+    document = study(
+        description="d",
+        notes="n\u2028",
+        budget={"trials": 5, "hours": 2.5, "target": 0.9},
+        concurrency=2,
+        pruner="median",
+    )
+    made = desk.create_study(document)
+    assert (made.name, made.state, made.reason, made.workload, made.direction) == (
+        "s",
+        "running",
+        "",
+        "ball",
+        "maximize",
+    )
+    assert (made.sampler, made.pruner, made.concurrency, made.notes) == ("random", "median", 2, "n\u2028")
+    assert (made.budget.trials, made.budget.hours, made.budget.target) == (5, 2.5, 0.9)
+    assert (made.budget.trials_used, made.budget.hours_used, made.best, made.finished_at) == (0, 0.0, None, None)
+    assert set(made.counts.values()) == {0}
+    assert made.spec["seed"] == 7
+    assert coordinator(engine).get_study(made.study) == made
+    again = desk.create_study(made.spec | {"name": "again"})
+    assert again.spec == made.spec | {"name": "again"}, "a spec is a document that can be launched"
+
+
+def test_large_bounds_survive_the_database(engine: sa.Engine) -> None:
+    desk = coordinator(engine)
+    space = [{"name": "x", "type": "float", "low": -1e20, "high": 1.0}]
+    made = desk.create_study(study(space=space))
+    lease = claim(coordinator(engine))
+    assert lease is not None
+    assert lease.study == made.study
+
+
+def test_a_bad_document_is_refused_whole(engine: sa.Engine) -> None:
+    desk = coordinator(engine)
+    with pytest.raises(Invalid) as refused:
+        desk.create_study(study(sampler="astrology", settings={"nett": 1}))
+    assert {fault.at for fault in refused.value.faults} >= {"sampler", "settings.nett"}
+    assert desk.list_studies().items == []
+    with engine.connect() as conn:
+        assert conn.execute(sa.text("SELECT count(*) FROM public.studies")).scalar_one() == 0
+
+
+def test_of_two_studies_of_one_name_at_once_one_is_launched(engine: sa.Engine) -> None:
+    desk = coordinator(engine)
+    results = together(*[lambda: desk.create_study(study())] * 4)
+    assert sum(isinstance(result, Conflict) for result in results) == 3, results
+    assert len(desk.list_studies().items) == 1
+
+
+def test_what_is_not_there_is_not_found(engine: sa.Engine) -> None:
+    desk = coordinator(engine)
+    calls: list[Any] = [
+        lambda: desk.get_study(1),
+        lambda: desk.get_study(10**30),
+        lambda: desk.patch_study(1, {"notes": "x"}),
+        lambda: desk.delete_study(1),
+        lambda: desk.list_trials(1),
+        lambda: desk.get_trial(1, 0),
+        lambda: desk.add_trial(1, {"params": {}}),
+        lambda: desk.cancel_trial(1, 0),
+        lambda: desk.requeue_trial(1, 0),
+        lambda: desk.best(1),
+        lambda: desk.progress(1),
+        lambda: desk.export(1),
+    ]
+    for call in calls:
+        with pytest.raises(NotFound):
+            call()
+
+
+def test_studies_are_listed_newest_first_in_pages(engine: sa.Engine) -> None:
+    desk = coordinator(engine)
+    for place in range(7):
+        desk.create_study(study(f"run-{place}"))
+    desk.patch_study(3, {"state": "paused"})
+    seen: list[str] = []
+    cursor: str | None = None
+    for _ in range(10):
+        page = desk.list_studies(limit=3, cursor=cursor)
+        seen += [item.name for item in page.items]
+        cursor = page.next
+        if cursor is None:
+            break
+    assert seen == [f"run-{place}" for place in reversed(range(7))]
+    assert [item.name for item in desk.list_studies(state="paused").items] == ["run-2"]
+    assert desk.list_studies(name="nothing").items == []
+
+
+def test_an_exact_name_comes_first_and_once(engine: sa.Engine) -> None:
+    desk = coordinator(engine)
+    for name in ("mini", "mini-2", "other", "MINI-3"):
+        desk.create_study(study(name))
+    names: list[str] = []
+    cursor: str | None = None
+    for _ in range(5):
+        page = desk.list_studies(name="mini", limit=1, cursor=cursor)
+        names += [item.name for item in page.items]
+        cursor = page.next
+        if cursor is None:
+            break
+    assert names == ["mini", "MINI-3", "mini-2"]
+
+
+@pytest.mark.parametrize(
+    "cursor", ["", "x", "é", "bnVsbA", "WyJzdHVkaWVzIiwgdHJ1ZV0", "W1tbW1tb", "WyJudW1iZXIiLCBudWxsLCAxXQ", "A" * 5000]
+)
+def test_a_damaged_cursor_is_refused(engine: sa.Engine, cursor: str) -> None:
+    with pytest.raises(Invalid) as refused:
+        coordinator(engine).list_studies(cursor=cursor)
+    assert refused.value.faults[0].at == "cursor"
+
+
+def test_bad_questions_are_refused(engine: sa.Engine) -> None:
+    desk = coordinator(engine)
+    for asked in ({"state": "open"}, {"limit": 0}, {"limit": 1001}, {"name": "a\x00"}):
+        with pytest.raises(Invalid):
+            desk.list_studies(**asked)  # type: ignore[arg-type]
+
+
+# Budgets
+
+
+def test_a_study_finishes_with_its_last_trial(engine: sa.Engine) -> None:
+    desk = coordinator(engine)
+    made = desk.create_study(study(budget={"trials": 2}))
+    first, second = must_claim(desk), must_claim(desk)
+    assert claim(desk) is None
+    tell(desk, first)
+    assert desk.get_study(made.study).state == "running", "a trial still runs"
+    tell(desk, second, None, "failed")
+    view = desk.get_study(made.study)
+    assert (view.state, view.reason, view.budget.trials_used) == ("finished", "all 2 trials are done", 2)
+    assert view.finished_at is not None
+
+
+def test_the_budget_counts_every_trial_ever_leased_but_the_cancelled(engine: sa.Engine) -> None:
+    desk = coordinator(engine)
+    made = desk.create_study(study(budget={"trials": 3}, points=[point(0.1), point(0.2)]))
+    desk.add_trial(made.study, {"params": point(0.9), "value": 0.4})  # recorded: does not count
+    desk.cancel_trial(made.study, 1)  # never leased: does not count
+    lease = must_claim(desk)
+    assert lease.trial == 0
+    desk.cancel_trial(made.study, 0)
+    assert report(desk, lease).verdict == Verdict.STOP
+    release(desk, lease, "stopped")  # leased and cancelled: does not count
+    assert desk.get_study(made.study).budget.trials_used == 0
+    again = must_claim(desk)
+    release(desk, again)
+    assert must_claim(desk).attempt == 2  # the same trial again counts once
+    must_claim(desk), must_claim(desk)
+    assert claim(desk) is None
+    assert desk.get_study(made.study).budget.trials_used == 3
+
+
+def test_a_begun_trial_is_finished_when_the_budget_is_spent(engine: sa.Engine) -> None:
+    desk = coordinator(engine)
+    made = desk.create_study(study(budget={"trials": 1}))
+    lease = must_claim(desk)
+    release(desk, lease)
+    assert desk.get_study(made.study).state == "running", "a trial between two attempts is open"
+    desk.add_trial(made.study, {"params": point(0.5)})
+    again = must_claim(desk)
+    assert (again.trial, again.attempt) == (0, 2)
+    assert claim(desk) is None
+    tell(desk, again)
+    view = desk.get_study(made.study)
+    assert (view.state, view.counts["queued"]) == ("finished", 1), "a point that was never begun waits for more budget"
+    desk.patch_study(made.study, {"budget": {"trials": 2}})
+    assert must_claim(desk).trial == 1
+
+
+def test_hours_stop_new_leases_and_running_trials_finish(engine: sa.Engine) -> None:
+    desk = coordinator(engine)
+    made = desk.create_study(study(budget={"hours": 1.0}))
+    first, second = must_claim(desk), must_claim(desk)
+    with engine.begin() as conn:
+        conn.execute(sa.text("UPDATE whetstone.attempts SET leased_at = leased_at - interval '31 minutes'"))
+    assert claim(desk) is None, "the running attempts count"
+    tell(desk, first)
+    assert desk.get_study(made.study).state == "running"
+    tell(desk, second)
+    view = desk.get_study(made.study)
+    assert (view.state, view.reason) == ("finished", "1 hours of training are used")
+    assert view.budget.hours_used == pytest.approx(62 / 60, abs=0.01)
+
+
+@pytest.mark.parametrize(("direction", "far", "near"), [("maximize", 0.7, 0.8), ("minimize", 0.9, 0.8)])
+def test_a_target_reached_ends_the_study(engine: sa.Engine, direction: str, far: float, near: float) -> None:
+    desk = coordinator(engine)
+    document = study(budget={"target": 0.8}, direction=direction, workload="external", settings={})
+    made = desk.create_study(document)
+    from tests.integration.leases_harness import ask
+
+    running = ask(desk, made.study)
+    tell(desk, ask(desk, made.study), far)
+    tell(desk, ask(desk, made.study), 0.8, "infeasible")
+    tell(desk, ask(desk, made.study), near)
+    with pytest.raises(Conflict, match="target"):
+        ask(desk, made.study)
+    assert desk.get_study(made.study).state == "running"
+    tell(desk, running, far)
+    view = desk.get_study(made.study)
+    assert (view.state, view.reason) == ("finished", "trial 3 reached 0.8; the target was 0.8")
+
+
+def test_a_recorded_trial_may_reach_the_target(engine: sa.Engine) -> None:
+    desk = coordinator(engine)
+    made = desk.create_study(study(budget={"target": 0.8}))
+    desk.add_trial(made.study, {"params": point(0.5), "value": 0.9})
+    assert desk.get_study(made.study).state == "finished"
+
+
+def test_a_raised_budget_sets_a_finished_study_running(engine: sa.Engine) -> None:
+    desk = coordinator(engine)
+    made = desk.create_study(study(budget={"trials": 1}))
+    tell(desk, must_claim(desk))
+    with pytest.raises(Conflict, match="raise its budget"):
+        desk.patch_study(made.study, {"state": "running"})
+    view = desk.patch_study(made.study, {"budget": {"trials": 2}})
+    assert (view.state, view.reason, view.finished_at) == ("running", "", None)
+    assert view.spec["budget"]["trials"] == 2
+    tell(desk, must_claim(desk))
+    assert claim(desk) is None
+    assert desk.patch_study(made.study, {"budget": {"trials": None}}).state == "running"
+    assert claim(desk) is not None
+
+
+def test_a_lowered_budget_finishes_the_study_once_nothing_runs(engine: sa.Engine) -> None:
+    desk = coordinator(engine)
+    made = desk.create_study(study())
+    tell(desk, must_claim(desk))
+    lease = must_claim(desk)
+    assert desk.patch_study(made.study, {"budget": {"trials": 1}}).state == "running"
+    assert claim(desk) is None
+    tell(desk, lease)
+    assert desk.get_study(made.study).state == "finished"
+
+
+# Steering
+
+
+@pytest.mark.parametrize(("path", "wanted"), [(["stopped"], "paused"), (["paused", "stopped"], "paused")])
+def test_a_state_that_is_not_allowed_is_refused_and_the_allowed_ones_are_named(
+    engine: sa.Engine, path: list[str], wanted: str
+) -> None:
+    desk = coordinator(engine)
+    made = desk.create_study(study())
+    for state in path:
+        assert desk.patch_study(made.study, {"state": state}).state == state
+    with pytest.raises(Conflict, match="it can become running"):
+        desk.patch_study(made.study, {"state": wanted, "notes": "not kept"})
+    assert desk.get_study(made.study).notes == "", "a refused change changes nothing"
+
+
+def test_a_finished_study_can_be_neither_paused_nor_stopped(engine: sa.Engine) -> None:
+    desk = coordinator(engine)
+    made = desk.create_study(study(budget={"trials": 1}))
+    tell(desk, must_claim(desk))
+    for wanted in ("paused", "stopped", "running"):
+        with pytest.raises(Conflict):
+            desk.patch_study(made.study, {"state": wanted})
+    assert desk.patch_study(made.study, {"notes": "good"}).notes == "good"
+
+
+def test_a_state_named_again_changes_nothing(engine: sa.Engine) -> None:
+    desk = coordinator(engine)
+    made = desk.create_study(study())
+    for state in ("running", "paused", "paused", "running", "stopped", "stopped", "running"):
+        assert desk.patch_study(made.study, {"state": state}).state == state
+
+
+def test_concurrency_and_notes_change_while_it_runs(engine: sa.Engine) -> None:
+    desk = coordinator(engine)
+    made = desk.create_study(study(concurrency=1))
+    must_claim(desk)
+    assert claim(desk) is None
+    view = desk.patch_study(made.study, {"concurrency": None, "notes": "more"})
+    assert (view.concurrency, view.notes, view.spec["concurrency"], view.spec["notes"]) == (None, "more", None, "more")
+    assert claim(desk) is not None
+    with pytest.raises(Invalid):
+        desk.patch_study(made.study, {"concurrency": 0})
+
+
+def test_a_stopped_study_may_run_again(engine: sa.Engine) -> None:
+    desk = coordinator(engine)
+    made = desk.create_study(study(points=[point(0.1)]))
+    view = desk.patch_study(made.study, {"state": "stopped"})
+    assert view.reason == "stopped by a person"
+    view = desk.patch_study(made.study, {"state": "running"})
+    assert (view.state, view.counts["cancelled"]) == ("running", 1)
+    assert must_claim(desk).trial == 1
+
+
+def test_a_study_is_deleted_with_all_it_has(engine: sa.Engine) -> None:
+    desk = coordinator(engine)
+    made = desk.create_study(study(points=[point(0.1)]))
+    kept = desk.create_study(study("kept"))
+    lease = must_claim(desk)
+    report(desk, lease, {0: 0.5})
+    with pytest.raises(Conflict, match="stop the study first"):
+        desk.delete_study(made.study)
+    desk.patch_study(made.study, {"state": "stopped"})
+    desk.delete_study(made.study)
+    assert [item.study for item in desk.list_studies().items] == [kept.study]
+    assert report(desk, lease, {1: 0.6}).verdict == Verdict.LOST
+    with pytest.raises(NotFound):
+        tell(desk, lease)
+    with engine.connect() as conn:
+        for table in ("public.trials", "public.trial_params", "whetstone.attempts", "whetstone.metrics"):
+            assert conn.execute(sa.text(f"SELECT count(*) FROM {table}")).scalar_one() == 0
+    assert desk.create_study(study()).study > kept.study, "the name is free again"
+
+
+def test_stats_count_what_is_there_and_what_was_called(engine: sa.Engine) -> None:
+    desk = coordinator(engine)
+    desk.create_study(study())
+    tell(desk, must_claim(desk))
+    tell(desk, must_claim(desk), 0.05, "infeasible")
+    must_claim(desk, "w2")
+    stats = desk.stats()
+    assert {state: n for state, n in stats["trials"].items() if n} == {"leased": 1, "complete": 1, "infeasible": 1}
+    assert stats["studies"] == {"running": 1, "paused": 0, "stopped": 0, "finished": 0}
+    assert stats["workers"] == {"idle": 1, "busy": 1, "draining": 0, "silent": 0}
+    assert stats["leases"] == 1
+    assert stats["calls"]["claim"]["count"] == 3
+    assert stats["calls"]["claim"]["seconds"] > stats["calls"]["tell"]["seconds"] / 100
