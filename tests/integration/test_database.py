@@ -182,6 +182,12 @@ def test_a_user_called_like_our_schema_still_finds_optunas_tables(empty: Engine,
         assert [row.study_name for row in stock.get_all_studies()] == ["stock"]
         assert study.trials == []
         stock.engine.dispose()
+        # A dump that is restored elsewhere loses that setting of the user's; our own connections do without it.
+        with engine.begin() as connection:
+            connection.execute(sa.text(f'ALTER ROLE whetstone IN DATABASE "{url.database}" RESET ALL'))
+        engine.dispose()
+        with engine.connect() as connection:
+            assert connection.execute(sa.text("SELECT study_name FROM studies")).scalar() == "stock"
     finally:
         engine.dispose()
         with empty.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
