@@ -42,7 +42,7 @@ __all__ = ["FitResult", "Report", "Signal", "fit", "load_recipe"]
 log = logging.getLogger(__name__)
 Outcome = Literal["complete", "infeasible", "pruned", "stopped"]
 
-_PIECE_FLOPS = {"cpu": 3e11, "cuda": 5e13}
+_PIECE_FLOPS = {"cpu": 1.5e11, "cuda": 5e13}
 """A batch is worked off in pieces of at most this much, so that an interrupt waits seconds on a slow core, and a large
 batch of large images fits into memory."""
 _WRITING_SHARE = 20

@@ -11,7 +11,7 @@ from model.init import initialise
 from model.net import SiameseNet
 from tests.unit.siamese import SIDE
 
-CONFIG = NetConfig(SIDE, (Conv(4, 3, "floor"), Conv(6, 2, "ceil"), Conv(5, 2)), 8)
+CONFIG = NetConfig(SIDE, (Conv(4, 3, "floor"), Conv(6, 3, "ceil"), Conv(5, 2)), 8)
 
 
 def seeded(config: NetConfig = CONFIG, scheme: str = "he", seed: int = 0) -> SiameseNet:
