@@ -80,11 +80,13 @@ def here(request: Request) -> str:
     return request.url.path + (f"?{request.url.query}" if request.url.query else "")
 
 
-def live(request: Request, identity: str, every_s: float = POLL_S) -> Markup:
-    """Attributes that keep the element `identity` fresh: htmx asks for this page again and morphs that part of it."""
+def live(request: Request, every_s: float = POLL_S, *others: str) -> Markup:
+    """Attributes that keep the element `live` fresh, and `others` with it: htmx asks for this page again, in one
+    request, and morphs those parts of it in place."""
     return Markup(
-        'hx-get="{0}" hx-trigger="every {1}s, refresh" hx-select="#{2}" hx-target="#{2}" hx-swap="morph:outerHTML"'
-    ).format(here(request), f"{every_s:g}", identity)
+        'hx-get="{}" hx-trigger="every {}s, refresh" hx-select="#live" hx-target="#live" hx-swap="morph:outerHTML" '
+        'hx-select-oob="{}"'
+    ).format(here(request), f"{every_s:g}", ",".join(f"#{other}:morph" for other in others))
 
 
 def page(

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from api.pages import document, words
 from api.pages.access import Actor, Reader
 from api.pages.base import Cursor, Hpo, Number, Study, router
-from api.pages.render import live, page
+from api.pages.render import POLL_S, live, page
 from hpo.errors import Fault, Invalid
 from hpo.views import TRIAL_STATES, ProgressPoint, StudyState, StudyView, TrialState
 
@@ -24,18 +24,23 @@ ROWS = 50
 TABLE_POINTS = 100
 IDLE_POLL_S = 10
 """A study that cannot move is asked about less often."""
+TRIALS_PER_SECOND = 1000
 Order = Literal["number", "-value", "value"]
 
 
 def pace(study: StudyView) -> float:
-    """Seconds between two looks at a study."""
-    return 2 if study.state == "running" or study.counts.get("leased") else IDLE_POLL_S
+    """Seconds between two looks at a study: the larger it is, the more a look costs."""
+    if study.state != "running" and not study.counts.get("leased"):
+        return IDLE_POLL_S
+    return max(POLL_S, words.finished(study) / TRIALS_PER_SECOND)
 
 
-def tab(request: Request, template: str, study: StudyView, key: str, *, status: int = 200, **context: Any) -> Response:
-    """One tab of a study, in its frame."""
-    head = live(request, "live-head", pace(study)) if request.method == "GET" else ""
-    return page(request, template, status=status, study=study, tab=key, tabs=TABS, live_head=head, **context)
+def tab(
+    request: Request, template: str, study: StudyView, key: str, *others: str, status: int = 200, **context: Any
+) -> Response:
+    """One tab of a study, in its frame, whose head and `others` are kept fresh with it (unless a form was refused)."""
+    fresh = live(request, pace(study), "live-head", *others) if request.method == "GET" else ""
+    return page(request, template, status=status, study=study, tab=key, tabs=TABS, live=fresh, **context)
 
 
 @routes.get("/")
@@ -60,7 +65,7 @@ def studies(
         cursor=cursor,
         first="/?" + urlencode(filters),
         further="/?" + urlencode({**filters, "cursor": found.next or ""}),
-        live=live(request, "live"),
+        live=live(request),
     )
 
 
@@ -79,8 +84,7 @@ def overview(request: Request, _: Reader, hpo: Hpo, study: Study) -> Response:
         "study_overview.html",
         view,
         "",
-        live=live(request, "live", pace(view)),
-        live_table=live(request, "live-table", pace(view)),
+        "live-table",
         version=f"{len(points)}-{view.counts.get('complete', 0)}",
         points=list(reversed(points[-TABLE_POINTS:])),
         more_points=len(points) > TABLE_POINTS,
@@ -134,7 +138,6 @@ def trials(
         "study_trials.html",
         view,
         "trials",
-        live=live(request, "live", pace(view)),
         page=found,
         state_filter=state,
         order=order,
@@ -174,7 +177,6 @@ def _queue(
         view,
         "queue",
         status=422 if faults else 200,
-        live=live(request, "live", pace(view)) if request.method == "GET" else "",
         page=found,
         cursor=cursor,
         first=f"/studies/{study}/queue",

@@ -20,7 +20,7 @@ routes = router()
 def workers(request: Request, _: Reader, hpo: Hpo) -> Response:
     order = {"busy": 0, "idle": 1, "draining": 2, "silent": 3}
     found = sorted(hpo.list_workers(), key=lambda worker: (order[worker.state], worker.worker))
-    return page(request, "workers.html", section="workers", workers=found, live=live(request, "live"))
+    return page(request, "workers.html", section="workers", workers=found, live=live(request))
 
 
 @routes.post("/workers/{worker}/drain")

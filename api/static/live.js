@@ -78,4 +78,12 @@ document.addEventListener("click", async (event) => {
 document.body.addEventListener("htmx:afterSettle", offerCopies);
 offerCopies();
 
+// A second press on a button that is on its way changes nothing.
+document.addEventListener("submit", (event) => {
+  if (event.target.method !== "post") return;
+  if (event.target.dataset.sent) event.preventDefault();
+  event.target.dataset.sent = "yes";
+});
+addEventListener("pageshow", () => document.querySelectorAll("form[data-sent]").forEach((form) => delete form.dataset.sent));
+
 document.querySelector("#faults")?.focus();
