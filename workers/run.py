@@ -167,37 +167,36 @@ class Worker:
             wait_s=MAX_WAIT_S,
         ).model_dump(mode="json")
         while True:
-            key, backoff, failed_at, asked = new_key(), Backoff(0.1, 5.0), None, time.monotonic()
-            while True:
-                try:
-                    with self._stop.breakable():
-                        body = self._client.once(
-                            "POST", "/api/v1/claims", json=request, key=key, timeout_s=MAX_WAIT_S + 15
-                        )
-                    if failed_at is not None:
-                        log.info("the server is back")
-                    if body is not None:
-                        return Lease.model_validate(body), failed_at is not None
-                    if failed_at is not None and time.monotonic() - failed_at > AWAY_S:
-                        return None, True
-                    if time.monotonic() - asked < 1.0:  # no waiting there: it is shutting down, or we are drained
-                        self._stop.sleep(0.5)
-                    break
-                except (ServerUnreachable, ApiError) as error:
-                    if not is_transient(error):
-                        raise _rejected(error, self._client.url) from None
-                    if failed_at is None:
-                        failed_at = time.monotonic()
-                        log.warning("no trial for now: %s", error)
-                    delay = backoff.next(error)
-                except Stopped:
-                    self._give_back(request, key, conductor)
-                    raise
-                try:
+            key, backoff, failed_at, asked = new_key(), Backoff(0.1, 5.0), None, None
+            try:
+                while True:
+                    try:
+                        with self._stop.breakable():
+                            asked = asked or time.monotonic()
+                            body = self._client.once(
+                                "POST", "/api/v1/claims", json=request, key=key, timeout_s=MAX_WAIT_S + 15
+                            )
+                        break
+                    except (ServerUnreachable, ApiError) as error:
+                        if not is_transient(error):
+                            raise _rejected(error, self._client.url) from None
+                        if failed_at is None:
+                            failed_at = time.monotonic()
+                            log.warning("no trial for now: %s", error)
+                        delay = backoff.next(error)
                     self._stop.sleep(delay)
-                except Stopped:
+            except Stopped:
+                if asked is not None:
                     self._give_back(request, key, conductor)
-                    raise
+                raise
+            if failed_at is not None:
+                log.info("the server is back")
+            if body is not None:
+                return Lease.model_validate(body), failed_at is not None
+            if failed_at is not None and time.monotonic() - failed_at > AWAY_S:
+                return None, True
+            if time.monotonic() - asked < 1.0:  # it did not wait: it is shutting down
+                self._stop.sleep(0.5)
 
     def _give_back(self, request: Any, key: str, conductor: Conductor) -> None:
         """We left while a claim was under way: if it was answered with a lease, the same key shows it. Release it."""
