@@ -29,6 +29,9 @@ from hpo.storage import PostgresStorage
 
 log = logging.getLogger("whetstone")
 
+SPEC = sa.text("SELECT spec, workload FROM whetstone.studies WHERE study_id = :study")
+EXISTS = sa.text("SELECT 1 FROM whetstone.studies WHERE study_id = :study")
+
 
 @dataclass
 class Known:
@@ -38,6 +41,8 @@ class Known:
     spec: StudySpec
     history: History
     sampling: threading.Lock = field(default_factory=threading.Lock)
+    unusable: str = ""
+    """Why this server cannot sample for the study although it could be launched once; empty where it can."""
     failures: int = 0
     """Failures of the sampler in a row; touched under `sampling` only."""
 
@@ -82,25 +87,33 @@ class Desk:
         return transaction(self.engine)
 
     def known(self, conn: sa.Connection, study: int) -> Known:
-        """Return what is known of a study.
+        """Return what is known of a study; another process may have deleted it, so its row is looked for each time.
 
         Raises:
             NotFound: there is no such study of ours.
         """
         found = self._known.get(study)
+        stored = conn.execute(SPEC if found is None else EXISTS, {"study": study}).one_or_none()
+        if stored is None:
+            self.forget(study)
+            raise missing(study)
         if found is not None:
             return found
-        row = conn.execute(sa.text("SELECT spec, workload FROM whetstone.studies WHERE study_id = :s"), {"s": study})
-        stored = row.one_or_none()
-        if stored is None:
-            raise missing(study)
-        spec = parse(_as_floats(stored.spec), {stored.workload: _AsStored()})
+        document, workloads = _as_floats(stored.spec), {stored.workload: _AsStored()}
+        unusable = ""
+        try:
+            spec = parse(document, workloads)
+        except Invalid as error:
+            # It could be sampled where it was launched (a GP needs torch); it can be read, told and stopped here.
+            unusable = "; ".join(str(fault) for fault in error.faults)
+            spec = parse(document | {"sampler": "random", "pruner": "none"}, workloads)
+            log.error("study %d cannot be sampled on this server: %s", study, unusable)
         with self._guard:
-            return self._known.setdefault(study, self.fresh(study, spec))
+            return self._known.setdefault(study, self.fresh(study, spec, unusable))
 
-    def fresh(self, study: int, spec: StudySpec) -> Known:
+    def fresh(self, study: int, spec: StudySpec, unusable: str = "") -> Known:
         """Return knowledge of a study without remembering it: its launch may yet be rolled back."""
-        return Known(study, spec, History(self.engine, study))
+        return Known(study, spec, History(self.engine, study), unusable=unusable)
 
     def forget(self, study: int) -> None:
         """Drop what is known of a study that was deleted."""

@@ -100,6 +100,11 @@ def _expire(desk: Desk, lease: int) -> bool:
             state = outcomes.give_back(desk, conn, known, attempt, "lost", why)
     except NotFound:
         return False  # deleted with its study
+    except DatabaseUnavailable:
+        raise
+    except Exception:
+        log.exception("lease %d could not be expired; the others are", lease)
+        return False
     log.warning("study %d: trial %d is %s: %s", known.study, attempt.trial_number, state, why)
     return True
 

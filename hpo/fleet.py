@@ -127,7 +127,7 @@ def drain(desk: Desk, name: str) -> WorkerView:
         NotFound: there is no such worker.
     """
     with desk.transaction() as conn:
-        if conn.execute(DRAIN, {"name": name}).one_or_none() is None:
+        if conn.execute(DRAIN, {"name": storable(name)}).one_or_none() is None:
             raise NotFound("there is no worker of that name")
         events.notify(conn, "worker", None)
         return _read(desk, conn, name)[0]

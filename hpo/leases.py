@@ -29,7 +29,7 @@ from hpo.suggest import NothingFeasible, Suggestion, suggest
 from hpo.tokens import Principal
 
 MAX_ROUNDS = 50
-"""Each round that fails means that somebody else got a lease; so many in a row mean that something is wrong."""
+"""A round fails only because somebody else got on; after so many in a row the others are given way to."""
 FAILURES_BEFORE_PAUSE = 3
 
 # Studies that may have work, those with the fewest leases first, then the oldest.
@@ -98,7 +98,7 @@ class _Nothing(Exception):
 
 
 class _Busy(Exception):
-    """Others are sampling for this study, and the time to wait for them is over."""
+    """Others are being served with this study, and the time to wait for them is over."""
 
 
 def claim(desk: Desk, request: ClaimRequest, principal: Principal, once: Once | None = None) -> Lease | None:
@@ -163,7 +163,7 @@ def ask(desk: Desk, study: int, request: AskRequest, principal: Principal, once:
     try:
         return _from_study(desk, study, Bearer(principal, worker.worker_id, worker.device), once, MAX_WAIT_S)
     except _Busy:
-        raise Conflict("the sampler is busy with other requests: ask again") from None
+        raise Conflict("the study is busy with other requests: ask again") from None
     except _Nothing as nothing:
         raise Conflict(str(nothing)) from None
 
@@ -185,7 +185,8 @@ def _from_study(desk: Desk, study: int, bearer: Bearer, once: Once | None, wait_
                 known.sampling.release()
         except _Changed:
             continue
-    raise RuntimeError(f"study {study} changed {MAX_ROUNDS} times while a trial of it was being leased")
+    log.warning("study %d changed %d times while a trial of it was being leased", study, MAX_ROUNDS)
+    raise _Busy
 
 
 def _sampled(desk: Desk, known: Known, bearer: Bearer, once: Once | None) -> Lease:
@@ -223,6 +224,8 @@ def _look(conn: sa.Connection, known: Known) -> tuple[Head | None, int]:
     row = studies.reread(conn, known.study)
     if row.state != "running":
         raise _Nothing(f"the study is {row.state}" + (f" ({row.reason})" if row.reason else ""))
+    if known.unusable:
+        raise _Nothing(f"this server cannot sample for the study: {known.unusable}")
     if row.concurrency is not None:
         live = conn.execute(studies.LIVE, {"study": known.study}).scalar_one()
         if live >= row.concurrency:

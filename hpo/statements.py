@@ -178,15 +178,22 @@ COUNTS = sa.text("""
     GROUP BY 1, 2
 """)
 
-# What of their budgets some studies have used. Every trial ever leased counts, except the cancelled.
+# What of its budget a study has used. Every trial ever leased counts, except the cancelled.
+_TRIALS_USED = f"""
+    SELECT (SELECT count(*) FROM whetstone.attempts a WHERE a.study_id = {{study}} AND a.attempt = 1)
+         - (SELECT count(*) FROM public.trials t
+            JOIN whetstone.attempts a ON a.trial_id = t.trial_id AND a.attempt = 1
+            WHERE t.study_id = {{study}} AND t.state = 'FAIL' AND {CANCELLED})
+"""
+_HOURS_USED = """
+    SELECT coalesce(sum(extract(epoch FROM coalesce(a.ended_at, clock_timestamp()) - a.leased_at)), 0) / 3600.0
+    FROM whetstone.attempts a WHERE a.study_id = {study}
+"""
+TRIALS_USED = sa.text(_TRIALS_USED.format(study=":study"))
+HOURS_USED = sa.text(_HOURS_USED.format(study=":study"))
 USED = sa.text(f"""
-    SELECT s.study_id,
-           (SELECT count(*) FROM whetstone.attempts a WHERE a.study_id = s.study_id AND a.attempt = 1)
-           - (SELECT count(*) FROM public.trials t
-              JOIN whetstone.attempts a ON a.trial_id = t.trial_id AND a.attempt = 1
-              WHERE t.study_id = s.study_id AND t.state = 'FAIL' AND {CANCELLED}) AS trials,
-           coalesce((SELECT sum(extract(epoch FROM coalesce(a.ended_at, clock_timestamp()) - a.leased_at))
-                     FROM whetstone.attempts a WHERE a.study_id = s.study_id), 0) / 3600.0 AS hours
+    SELECT s.study_id, ({_TRIALS_USED.format(study="s.study_id")}) AS trials,
+           ({_HOURS_USED.format(study="s.study_id")}) AS hours
     FROM unnest(CAST(:studies AS integer[])) AS s (study_id)
 """)
 

@@ -17,7 +17,7 @@ from optuna.exceptions import DuplicatedStudyError
 from optuna.study import StudyDirection
 
 from hpo import events, statements, trials, writing
-from hpo.desk import Desk, Known, lock, missing, one_fault
+from hpo.desk import Desk, Known, lock, missing, one_fault, storable
 from hpo.errors import Conflict
 from hpo.idempotency import Once, answered, guard
 from hpo.spec import UNSET, StudyChange, StudySpec, dump, parse, parse_change
@@ -132,8 +132,8 @@ def listing(
     if state is not None and state not in STUDY_STATES:
         raise one_fault("state", f"is none of {', '.join(STUDY_STATES)}")
     trials.check_limit(limit)
-    if name is not None and "\x00" in name:
-        raise one_fault("name", "has a NUL character, which no name has")
+    if name is not None and storable(name) != name:
+        raise one_fault("name", "has a character that no name has")
     before: int | None = None
     if cursor is not None:
         match trials.unpack_cursor(cursor):
@@ -273,12 +273,11 @@ def spent(conn: sa.Connection, known: Known, row: Any) -> str | None:
         ).one_or_none()
         if best is not None and not known.spec.better(row.budget_target, best.value):
             return f"trial {best.number} reached {best.value:.6g}; the target was {row.budget_target:.6g}"
-    if row.budget_trials is not None or row.budget_hours is not None:
-        used = used_by(conn, [row.study_id])[row.study_id]
-        if row.budget_trials is not None and used.trials >= row.budget_trials:
-            return "its 1 trial is done" if row.budget_trials == 1 else f"all {row.budget_trials} trials are done"
-        if row.budget_hours is not None and used.hours >= row.budget_hours:
-            return f"{row.budget_hours:.6g} hours of training are used"
+    here = {"study": row.study_id}
+    if row.budget_trials is not None and conn.execute(statements.TRIALS_USED, here).scalar_one() >= row.budget_trials:
+        return "its 1 trial is done" if row.budget_trials == 1 else f"all {row.budget_trials} trials are done"
+    if row.budget_hours is not None and conn.execute(statements.HOURS_USED, here).scalar_one() >= row.budget_hours:
+        return f"its budget of training time is used ({row.budget_hours:.6g} h)"
     return None
 
 
@@ -314,8 +313,8 @@ def _view(conn: sa.Connection, known: Known, row: Any, counts: dict[Any, int], u
         reason=row.reason,
         workload=row.workload,
         direction=known.spec.direction,
-        sampler=known.spec.sampler.name,
-        pruner=known.spec.pruner.name,
+        sampler=row.spec["sampler"]["name"],
+        pruner=row.spec["pruner"]["name"],
         counts=dict(counts),
         best=best[0] if best else None,
         budget=BudgetView(**budget, trials_used=used.trials, hours_used=used.hours),

@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from hpo.errors import Conflict, Invalid, NotFound
 from hpo.protocol import Verdict
 from tests.integration.leases_harness import (
+    ask,
     claim,
     coordinator,
     must_claim,
@@ -208,7 +209,7 @@ def test_hours_stop_new_leases_and_running_trials_finish(engine: sa.Engine) -> N
     assert desk.get_study(made.study).state == "running"
     tell(desk, second)
     view = desk.get_study(made.study)
-    assert (view.state, view.reason) == ("finished", "1 hours of training are used")
+    assert (view.state, view.reason) == ("finished", "its budget of training time is used (1 h)")
     assert view.budget.hours_used == pytest.approx(62 / 60, abs=0.01)
 
 
@@ -217,8 +218,6 @@ def test_a_target_reached_ends_the_study(engine: sa.Engine, direction: str, far:
     desk = coordinator(engine)
     document = study(budget={"target": 0.8}, direction=direction, workload="external", settings={})
     made = desk.create_study(document)
-    from tests.integration.leases_harness import ask
-
     running = ask(desk, made.study)
     tell(desk, ask(desk, made.study), far)
     tell(desk, ask(desk, made.study), 0.8, "infeasible")
@@ -337,6 +336,33 @@ def test_a_study_is_deleted_with_all_it_has(engine: sa.Engine) -> None:
         for table in ("public.trials", "public.trial_params", "whetstone.attempts", "whetstone.metrics"):
             assert conn.execute(sa.text(f"SELECT count(*) FROM {table}")).scalar_one() == 0
     assert desk.create_study(study()).study > kept.study, "the name is free again"
+
+
+def test_a_study_deleted_by_another_process_is_not_found(engine: sa.Engine) -> None:
+    desk, other = coordinator(engine), coordinator(engine)
+    made = desk.create_study(study())
+    assert desk.list_trials(made.study).items == []
+    other.delete_study(made.study)
+    for call in (desk.list_trials, desk.best, desk.progress, desk.export, desk.get_study):
+        with pytest.raises(NotFound):
+            call(made.study)
+    assert claim(desk) is None
+
+
+def test_a_study_that_this_server_cannot_sample_is_read_and_told_all_the_same(
+    engine: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = coordinator(engine)
+    made = desk.create_study(study(sampler="gp", pruner="median"))
+    lease = must_claim(desk)
+    monkeypatch.setattr("hpo.spec.importlib.util.find_spec", lambda name: None)  # torch is gone
+    after = coordinator(engine)
+    assert (after.get_study(made.study).sampler, after.get_study(made.study).pruner) == ("gp", "median")
+    assert claim(after) is None
+    assert tell(after, lease, 0.5).state == "complete"
+    with pytest.raises(Conflict, match="gp fits its kernel with torch"):
+        ask(after, made.study)
+    assert after.get_study(made.study).state == "running"
 
 
 def test_stats_count_what_is_there_and_what_was_called(engine: sa.Engine) -> None:
