@@ -39,7 +39,6 @@ _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":float", ":timestamp"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789."))
 
 
 class _Dumper(yaml.SafeDumper):
@@ -55,6 +54,11 @@ class _Dumper(yaml.SafeDumper):
     def represent_mapping(self, tag: str, mapping: Any, flow_style: bool | None = None) -> yaml.MappingNode:
         small = 0 < len(mapping) <= 4 and not any(isinstance(part, dict | list) for part in mapping.values())
         return super().represent_mapping(tag, mapping, flow_style=small)
+
+
+# The writer too, so that it quotes what the reader would take for a number.
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789."))
 
 
 def read(text: str, at: str = "document") -> dict[str, Any]:
