@@ -179,6 +179,8 @@ def test_no_query_however_bad_breaks_a_route(client: TestClient, method: str, pa
         ("/api/v1/studies", "state=hunter2"),
         ("/api/v1/studies", "cursor=hunter2"),
         ("/api/v1/studies", "name=%00"),
+        ("/api/v1/studies", "name=%ff"),
+        ("/api/v1/workers", "unknown=%0a"),
         ("/api/v1/studies/1/trials", "order=hunter2"),
         ("/api/v1/studies/1/trials", "state=hunter2"),
         ("/api/v1/studies/1/trials", "cursor=hunter2"),
@@ -218,6 +220,14 @@ def test_an_idempotency_key_is_short_printable_ascii(client: TestClient, path: s
     answer = client.post(path, json={"worker": "w"}, headers={"Idempotency-Key": key.encode("latin-1")})
     assert answer.status_code == 422
     check(answer)
+
+
+@pytest.mark.parametrize("call", ["report", "tell", "release"])
+@pytest.mark.parametrize("token", ["9223372036854775808", "-1", -1])
+def test_a_token_that_was_never_given_out_is_a_lost_lease(client: TestClient, call: str, token: object) -> None:
+    more = {"report": {}, "tell": {"outcome": "complete", "value": 1.0}, "release": {"reason": "shutdown"}}[call]
+    answer = client.post(f"/api/v1/leases/1/{call}", json={"token": token} | more)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "lease_lost")
 
 
 def test_nan_in_a_spec_is_named_beside_its_other_faults(client: TestClient) -> None:

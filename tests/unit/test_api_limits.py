@@ -6,6 +6,7 @@ import asyncio
 import json
 
 import pytest
+from fastapi import FastAPI
 from hypothesis import given
 from hypothesis import strategies as st
 from starlette.requests import Request
@@ -155,6 +156,26 @@ def test_only_json_is_taken_for_json(content_type: str, is_json: bool) -> None:
     else:
         with pytest.raises(WrongContentType):
             asyncio.run(request.json())
+
+
+def test_a_body_that_is_declared_too_large_is_not_read_at_all() -> None:
+    sent: list[dict[str, object]] = []
+
+    async def never(*_: object) -> dict[str, object]:
+        raise AssertionError("nobody reads it")
+
+    async def send(message: dict[str, object]) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/",
+        "headers": [(b"content-length", b"1000001")],
+        "app": FastAPI(),
+    }
+    asyncio.run(limits.BodyLimit(never)(scope, never, send))  # type: ignore[arg-type]
+    assert sent[0]["status"] == 413
 
 
 def test_a_body_that_grows_past_the_limit_is_not_read_on() -> None:
