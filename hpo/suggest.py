@@ -125,15 +125,14 @@ def choose(
 
 
 def _given(space: SearchSpace, fixed: Mapping[str, Value]) -> Flat:
-    """Return what of `fixed` the space can hold: stock Optuna enqueues anything under any name."""
+    """Return what of `fixed` the space can hold, tied: stock Optuna enqueues anything under any name."""
     held: Flat = {}
     for name, value in fixed.items():
         try:
             held |= space.cast({name: value})
         except (KeyError, ValueError, TypeError):
             continue
-    whole = space.expand(reduce(space, held)) | held
-    return {name: whole[name] for name in space.names if name in whole}
+    return space.expand(reduce(space, held))
 
 
 def _suggestion(space: SearchSpace, point: Flat, asked: Asked) -> Suggestion:
@@ -164,8 +163,7 @@ class _Search:
         return self._space.key(fixed)
 
     def whole(self, reduced: Mapping[str, Any]) -> Flat:
-        point = self._space.cast(self._space.expand(reduced)) | self._given
-        return {name: point[name] for name in self._space.names}
+        return self._space.cast(self._space.expand(reduced))
 
     def feasible(self, point: Flat) -> bool:
         if self._workload is None:

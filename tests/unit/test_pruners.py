@@ -90,6 +90,15 @@ def test_halving_promotes_the_best_of_each_rung_through_stored_attributes() -> N
     assert outcomes[7] is False
 
 
+def test_the_rungs_of_a_cancelled_trial_do_not_compete() -> None:
+    study = Study(spec_of("random", X, pruner={"name": "successive_halving", "min_resource": 1, "reduction_factor": 2}))
+    for mark in ({}, {"whetstone:cancelled": True}):
+        study.entries.clear()
+        study.add(study.ask(), TrialState.FAIL, None, {"completed_rung_0": 0.9, **mark}, {1: 0.9})
+        study.add(study.ask(), TrialState.RUNNING)
+        assert verdict(study, {1: 0.5}).prune == (not mark)
+
+
 @pytest.mark.parametrize(("name", "resource"), [("successive_halving", 2), ("hyperband", 250)])
 def test_an_automatic_resource_is_resolved_once_and_kept(name: str, resource: int) -> None:
     study = study_with(name, rising(0.9, 250))

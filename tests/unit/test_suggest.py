@@ -103,9 +103,11 @@ def test_a_complete_point_is_taken_as_it_is_even_when_it_was_tried() -> None:
 def test_what_stock_optuna_enqueued_is_taken_as_far_as_the_space_can_hold_it() -> None:
     study = Study(spec_of("tpe"))
     given: dict[str, Any] = {"sigma": 1.0, "eta[fc]": 7.0, "init": "zero", "batch": "many", "mu[fc]": 0.5}
+    given |= {"lambda[conv1]": 0.01, "lambda[conv2]": 0.02}
     made = choose(study.spec, study.snapshot, 0, fixed=given)
     assert made.params["eta[fc]"] == 0.1
     assert made.params["mu[fc]"] == 0.5
+    assert made.params["lambda[conv1]"] == made.params["lambda[conv2]"] == 0.01
     assert study.spec.space.key(made.params) is not None
 
 
@@ -127,7 +129,7 @@ def test_a_cancelled_point_may_be_suggested_again_and_a_failed_one_not() -> None
     study.add(x, TrialState.FAIL)
     assert study.ask().params == {"b": "y"}
     study.add(study.ask(), TrialState.FAIL, None, {"whetstone:cancelled": True})
-    assert study.ask().params == {"b": "y"}
+    assert all(choose(study.spec, study.snapshot, number).params == {"b": "y"} for number in range(2, 12))
 
 
 def test_what_is_stored_is_what_optuna_reads_back() -> None:
