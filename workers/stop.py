@@ -25,7 +25,7 @@ class Stop:
         self._count = 0
         self._signal = 0
         self._since = 0.0
-        self._breakable = False
+        self._breakable = 0  # the thread in a breakable stretch
 
     @property
     def requested(self) -> bool:
@@ -53,12 +53,12 @@ class Stop:
         return 0.1 if self.insisted else max(0.1, within_s - self.elapsed)
 
     def request(self, number: int = signal.SIGTERM, frame: FrameType | None = None) -> None:
-        """Ask; also the signal handler."""
+        """Ask; also the signal handler, which frees a main thread that waits. From other threads it only takes note."""
         if not self._count:
             self._since, self._signal = time.monotonic(), number
         self._count += 1
-        if self._breakable:
-            self._breakable = False
+        if self._breakable == threading.get_ident():
+            self._breakable = 0
             raise Stopped
 
     @contextmanager
@@ -77,13 +77,13 @@ class Stop:
     @contextmanager
     def breakable(self) -> Iterator[None]:
         """A stretch in which a request to stop (also one made already) raises `Stopped`. In the main thread only."""
-        self._breakable = True
+        self._breakable = threading.get_ident()
         try:
             if self._count:
                 raise Stopped
             yield
         finally:
-            self._breakable = False
+            self._breakable = 0
 
     def sleep(self, seconds: float) -> None:
         """Sleep; raises `Stopped` as soon as somebody asks."""
