@@ -115,6 +115,22 @@ def test_interrupted_over_and_over_it_still_resumes_bit_for_bit(tmp_path: Path) 
     assert identical(weights(broken), weights(store))
 
 
+@pytest.mark.parametrize("questions", [6, 9, 12, 17])
+def test_a_best_epoch_before_the_break_stays_the_best(tmp_path: Path, questions: int) -> None:
+    """L2 so strong that it wears the network away: the first epoch is the best, and its weights are no later one's."""
+    fading = config({"eta": 0.05, "mu": 0.0, "lambda": 2.0}, {**TINY, "momentum_start": 0.0}, 0)
+    store, heard = Checkpoints(tmp_path / "whole"), Listener()
+    whole = fit(fading, DATA, heard, store=store)
+    assert whole.best_epoch == 0
+    broken, listener = Checkpoints(tmp_path / "broken"), Listener()
+    fit(fading, DATA, listener, store=broken, interrupt=after(questions))
+    resumed = fit(fading, DATA, listener, store=broken)
+    assert essence(resumed) == essence(whole)
+    assert listener.epochs == heard.epochs
+    assert identical(dict(broken.read_best().weights), dict(store.read_best().weights))
+    assert not torch.equal(broken.read_best().weights["fc.weight"], weights(broken)["net.fc.weight"])
+
+
 def test_an_interrupt_within_a_large_batch_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of the full network takes many seconds on a slow core: it is worked off in pieces."""
     monkeypatch.setitem(model.train._PIECE_FLOPS, "cpu", 6 * recipe().net.flops * 3)
