@@ -1,0 +1,82 @@
+"""Every setting, route and command stands in the documentation, and the documentation names none that is not there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import typer
+
+from cli import presets
+from cli.main import register
+from cli.settings import Settings
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def commands(app: typer.Typer, prefix: str = "") -> Iterator[str]:
+    for command in app.registered_commands:
+        name = command.name or (command.callback.__name__.replace("_", "-") if command.callback else "")
+        yield f"{prefix}{name}"
+    for group in app.registered_groups:
+        assert group.typer_instance is not None
+        yield from commands(group.typer_instance, f"{prefix}{group.name} ")
+
+
+def test_every_setting_is_documented_and_no_other() -> None:
+    text = (DOCS / "settings.md").read_text()
+    documented = set(re.findall(r"^\| `([A-Z_]+)`", text, re.MULTILINE))
+    assert documented == {str(field.validation_alias) for field in Settings.model_fields.values()}
+
+
+def test_every_command_is_documented_and_no_other() -> None:
+    text = (DOCS / "commands.md").read_text()
+    documented = set(re.findall(r"^\| `whetstone ([a-z ]+?)(?: [A-Z\[\-].*?)?`", text, re.MULTILINE))
+    assert documented == set(commands(register()))
+
+
+def test_every_route_is_documented_and_no_other() -> None:
+    from api.routes import events, files, health, leases, sign_in, studies, trials, workers
+
+    served = {
+        f"{method} {prefix}{route.path}"
+        for prefix, modules in {"/api/v1": (studies, trials, leases, workers, events, files, sign_in), "": (health,)}.items()
+        for module in modules
+        for route in module.router.routes
+        for method in route.methods - {"HEAD"}  # type: ignore[attr-defined]
+    }
+    text = (DOCS / "rest.md").read_text()
+    documented = set(re.findall(r"^\| `((?:GET|POST|PATCH|DELETE) [^`?]+)", text, re.MULTILINE))
+    assert documented == served
+
+
+def test_every_training_setting_is_documented_and_no_other() -> None:
+    from model.spec import KNOWN
+
+    text = (DOCS / "training.md").read_text()
+    documented = set(re.findall(r"^\| `([a-z_0-9]+)`", text, re.MULTILINE))
+    assert documented == set(KNOWN)
+
+
+def test_every_preset_is_a_study_without_a_fault() -> None:
+    from hpo import spec
+    from model.spec import SiameseWorkload
+
+    assert {"mini", "koch2015", "koch2015-log"} <= set(presets.names())
+    for name, document in presets.load_all().items():
+        assert spec.parse(document, {"siamese": SiameseWorkload()}).name == name
+
+
+def test_the_papers_sweep_is_the_papers() -> None:
+    document = presets.load_all()["koch2015"]
+    labels = ["conv1", "conv2", "conv3", "conv4", "fc", "output"]
+    eta, mu, lam = document["space"]
+    assert [p["labels"] for p in (eta, mu, lam)] == [labels] * 3
+    assert (eta["name"], eta["low"], eta["high"], eta["log"]) == ("eta", 1e-4, 1e-1, True)
+    assert (mu["name"], mu["low"], mu["high"], mu.get("log")) == ("mu", 0.0, 1.0, None)
+    assert (lam["name"], lam["low"], lam["high"], lam.get("log")) == ("lambda", 0.0, 0.1, None)
+    assert document["sampler"] == {"name": "gp"}
+    assert document["settings"]["batch_pairs"] == 128
+    assert document["settings"]["epochs"] == 200
+    assert document["settings"]["patience"] == 20
