@@ -22,10 +22,11 @@ LOCK_TRIAL = sa.text("""
     SELECT trial_id, number, state::text AS state FROM public.trials WHERE trial_id = :trial_id FOR NO KEY UPDATE
 """)
 
-# An infeasible trial is COMPLETE with a violated constraint; a cancelled one is FAIL with our mark.
-_MARKED = """EXISTS (SELECT 1 FROM public.trial_system_attributes m WHERE m.trial_id = t.trial_id AND {})"""
-INFEASIBLE = _MARKED.format("m.key = 'constraints:infeasible' AND m.value_json NOT IN ('0', '0.0')")
-CANCELLED = _MARKED.format("m.key = 'whetstone:cancelled'")
+# An infeasible trial is COMPLETE with a violated constraint; a cancelled one is FAIL with our mark. A mark is looked up
+# as a value, not by EXISTS, which the planner may answer by reading the marks of all trials of all studies.
+_MARK = "(SELECT m.value_json FROM public.trial_system_attributes m WHERE m.trial_id = t.trial_id AND m.key = '{}')"
+INFEASIBLE = f"coalesce({_MARK.format('constraints:infeasible')}, '0') NOT IN ('0', '0.0')"
+CANCELLED = f"{_MARK.format('whetstone:cancelled')} IS NOT NULL"
 
 STATE = f"""
     CASE t.state

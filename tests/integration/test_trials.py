@@ -157,6 +157,10 @@ def test_a_page_and_the_best_are_found_by_an_index(engine: sa.Engine) -> None:
                     INSERT INTO public.trials (study_id, number, state, datetime_start, datetime_complete)
                     SELECT :s, n, 'COMPLETE', now(), now() FROM generate_series(0, 9999) AS n RETURNING trial_id
                 )
+                , marks AS (
+                    INSERT INTO public.trial_system_attributes (trial_id, key, value_json)
+                    SELECT trial_id, 'constraints:infeasible', '0.0' FROM t
+                )
                 INSERT INTO public.trial_values (trial_id, objective, value, value_type)
                 SELECT trial_id, 0, random(), 'FINITE' FROM t
             """),
@@ -179,8 +183,7 @@ def test_a_page_and_the_best_are_found_by_an_index(engine: sa.Engine) -> None:
     assert len(read) == 4
     for plan in read:
         assert "Index" in plan
-        assert "Seq Scan on trials" not in plan, plan
-        assert "Seq Scan on trial_values" not in plan, plan
+        assert "Seq Scan" not in plan, plan
 
 
 # Points of one's own
