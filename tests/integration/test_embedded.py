@@ -191,8 +191,11 @@ def test_a_fork_that_ends_takes_no_server_along(home: Path) -> None:
     with EmbeddedPostgres(home, settings=FAST) as server:
         child = os.fork()
         if child == 0:
-            server.stop()
-            os._exit(0)
+            try:
+                server.stop()
+                os._exit(0)
+            finally:
+                os._exit(1)
         assert os.waitpid(child, 0)[1] == 0
         assert ask(server.url) == 1
         with pytest.raises(EmbeddedError, match=f"pid {os.getpid()}"):
