@@ -263,6 +263,9 @@ def test_every_page_fits_a_phone_and_a_keyboard(server: Server, worker: Client, 
     lease = worker.claim()
     worker.report(lease, 0, 0.4)
     worker.tell(lease, outcome="failed", reason="R" * 300, traceback="T" * 500)
+    page.goto(f"{study}/queue")
+    page.get_by_role("button", name="Add to the queue").click()
+    seen(page, "#live", "a point of one's own")
     page.set_viewport_size({"width": 400, "height": 800})
     for path in ("", "/trials", "/queue", "/config", "/trials/0", "/../../workers", "/../../", "/../new"):
         page.goto(study + path)
