@@ -226,6 +226,7 @@ def test_another_process_suggests_the_same_from_what_is_stored(
         value = None if number % 8 == 7 else -((math.log10(made.params["x"]) + 1) ** 2)
         assert store(engine, study, made, value) == number
     assert [trial.params for trial in stock.trials] == [t.params for t in by_number(lasting, spec).values()]
+    assert lasting.snapshot(spec.space).attributes == stock._storage.get_study_system_attrs(study)
     if sampler == "cmaes":
         generations = [trial.system_attrs.get("cma:generation", 0) for trial in stock.trials]
         assert max(generations) >= 2

@@ -108,6 +108,8 @@ def test_what_stock_optuna_enqueued_is_taken_as_far_as_the_space_can_hold_it() -
     assert made.params["eta[fc]"] == 0.1
     assert made.params["mu[fc]"] == 0.5
     assert made.params["lambda[conv1]"] == made.params["lambda[conv2]"] == 0.01
+    untied = {**made.params, "lambda[conv2]": 0.09}
+    assert choose(study.spec, study.snapshot, 0, fixed=untied).params == made.params
     assert study.spec.space.key(made.params) is not None
 
 
