@@ -1,16 +1,17 @@
 import io
+import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from model import cache, omniglot
+from model import cache, dataset, omniglot
 from model.cache import Packed
 from model.omniglot import Source
 from tests.unit import fake_omniglot as fake
@@ -18,9 +19,17 @@ from tests.unit import fake_omniglot as fake
 REAL = os.environ.get("WHETSTONE_DATA")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_characters() -> Iterator[None]:
+    """What is true of 95 characters is true of 1623, and takes a second instead of a minute."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(omniglot, "SPLITS", fake.SMALL)
+        yield
+
+
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Sequence[Source]:
-    return omniglot.sources(fake.root(tmp_path_factory.mktemp("data")))
+    return omniglot.sources(fake.root(tmp_path_factory.mktemp("data"), small=True))
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +79,7 @@ def test_the_second_load_reads_the_cache_alone(sources: Sequence[Source], home: 
     lines: list[str] = []
     packed = cache.load(sources, 105, home, lines.append)
     assert fake.number_of(drawn(packed)) == 777
-    assert drawn(packed, "images_background", 19_279).shape == (105, 105)
-    assert fake.number_of(drawn(packed, "images_background", 19_279)) == 19_279
+    assert fake.number_of(drawn(packed, "images_background", 999)) == 999
     assert load(sources, 28, home).images("images_background", np.arange(5)).shape == (5, 28, 28)
     assert reads == []
     assert lines == []
@@ -80,19 +88,11 @@ def test_the_second_load_reads_the_cache_alone(sources: Sequence[Source], home: 
 def test_packing_says_so_in_one_line_and_happens_once_for_all_sizes(packed_home: Path, building: list[str]) -> None:
     assert "Packing Omniglot once" in building[0]
     assert building[1:] == ["images_background", "images_evaluation"]
-    sizes = {path.name: path.stat().st_size for path in (packed_home / "cache").iterdir()}
-    assert sorted(sizes) == ["omniglot-105.safetensors", "omniglot-28.safetensors", "omniglot-35.safetensors"]
-    assert sizes["omniglot-105.safetensors"] < 46e6  # one bit a pixel
-
-
-def test_a_load_from_the_cache_takes_less_than_a_second(sources: Sequence[Source], home: Path) -> None:
-    for size in (28, 105):
-        seconds = []
-        for _ in range(3):
-            began = time.perf_counter()
-            load(sources, size, home)
-            seconds.append(time.perf_counter() - began)
-        assert min(seconds) < 1.0
+    assert sorted(path.name for path in (packed_home / "cache").iterdir()) == [
+        "omniglot-105.safetensors",
+        "omniglot-28.safetensors",
+        "omniglot-35.safetensors",
+    ]
 
 
 def flip(path: Path) -> None:
@@ -123,7 +123,7 @@ def test_a_damaged_cache_is_built_again(
 
 
 def test_changed_source_files_are_noticed(tmp_path: Path, home: Path) -> None:
-    root = fake.root(tmp_path / "data")
+    root = fake.root(tmp_path / "data", small=True)
     before = load(omniglot.sources(root), 28, home)
     files = dict(omniglot.sources(root)[1].files())
     name = next(name for name in files if name.startswith("Angelic/character01/") and name.endswith("_01.png"))
@@ -159,15 +159,14 @@ def test_what_a_killed_process_left_is_swept_and_a_neighbours_work_is_not(
 def test_two_processes_may_build_at_once(sources: Sequence[Source], tmp_path: Path) -> None:
     root = sources[0].path.parent.parent
     code = """if True:
-        import hashlib, sys, torch
+        import hashlib, json, sys
         from pathlib import Path
-        from model import dataset
-        torch.set_num_threads(1)
-        root, home = map(Path, sys.argv[1:])
-        data = dataset.load(28, source="omniglot", data_root=root, home=home, notify=print)
-        print(hashlib.sha256(data.train.images.numpy().tobytes()).hexdigest())
+        from model import cache, omniglot
+        omniglot.SPLITS = json.loads(sys.argv[3])
+        packed = cache.load(omniglot.sources(Path(sys.argv[1])), 28, Path(sys.argv[2]), print)
+        print(hashlib.sha256(packed.parts["images_background"].tobytes()).hexdigest())
     """
-    command = [sys.executable, "-c", code, str(root), str(tmp_path)]
+    command = [sys.executable, "-c", code, str(root), str(tmp_path), json.dumps(fake.SMALL)]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     last = [process.communicate(timeout=120)[0].splitlines()[-1] for process in both]
     assert [process.returncode for process in both] == [0, 0]
@@ -186,10 +185,23 @@ def test_the_state_tells_current_caches_from_damaged_ones(sources: Sequence[Sour
 
 
 @pytest.mark.skipif(not REAL, reason="WHETSTONE_DATA is not set: no real Omniglot")
-def test_the_real_omniglot_survives_packing(tmp_path: Path) -> None:
+def test_the_real_omniglot_survives_packing_and_then_loads_in_less_than_a_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert REAL is not None
+    whole = {"images_background": omniglot.BACKGROUND, "images_evaluation": omniglot.EVALUATION}
+    monkeypatch.setattr(omniglot, "SPLITS", whole)
     found = omniglot.sources(Path(REAL))
     read = load(found, 105, tmp_path)
+    load(found, 28, tmp_path)
+    assert (tmp_path / "cache" / "omniglot-105.safetensors").stat().st_size < 46e6  # one bit a pixel
+    for size in (28, 105):
+        seconds = []
+        for _ in range(3):
+            began = time.process_time()  # of this process alone: others may keep the machine busy
+            dataset.load(size, data_root=Path(REAL), home=tmp_path, notify=pytest.fail)
+            seconds.append(time.process_time() - began)
+        assert min(seconds) < 1.0
     cached = load(found, 105, tmp_path)
     for source in found:
         assert np.array_equal(read.parts[source.name], cached.parts[source.name])
