@@ -122,6 +122,13 @@ def test_it_ends_with_a_killed_owner_and_the_next_owner_finds_its_data(home: Pat
         assert ask(server.url, "SELECT number FROM kept") == 7
 
 
+def test_it_ends_by_itself_when_its_owner_is_killed(home: Path) -> None:
+    owner, _, pid = keeper(home)
+    owner.kill()
+    owner.wait()
+    eventually(lambda: not alive(pid))
+
+
 def test_owner_and_server_killed_together_leave_nothing_in_the_way(home: Path) -> None:
     owner, url, pid = keeper(home)
     ask(url, "CREATE TABLE kept AS SELECT 7 AS number")
