@@ -110,22 +110,7 @@ def _draw(
 ) -> NDArray[np.uint8]:
     """Every letter by every drawer: (count, drawers, size, size) uint8."""
     count = len(letters)
-    turn, slant = rng.normal(0, 0.12, drawers), rng.normal(0, 0.18, drawers)
-    wide, tall = rng.uniform(0.62, 0.95, drawers), rng.uniform(0.62, 0.95, drawers)
-    pen = rng.uniform(0.018, 0.036, drawers)
-    steadiness = rng.uniform(0.03, 0.09, drawers)
-
-    # Unsteadiness: every control point of every drawing, and the place and turn of each stroke and drawing.
-    points = np.repeat(letters[:, None], drawers, axis=1).astype(np.float64)  # (C, D, K, 4, 2)
-    wobble = steadiness[None, :, None, None, None]
-    points += rng.normal(0, 1, points.shape) * wobble
-    points += rng.normal(0, 0.7, (count, drawers, STROKES, 1, 2)) * wobble
-    angle = turn[None, :] + rng.normal(0, 0.06, (count, drawers))
-    cos, sin = np.cos(angle), np.sin(angle)
-    hand = np.stack([np.stack([cos, -sin + slant * cos], -1), np.stack([sin, cos + slant * sin], -1)], -2)
-    hand *= np.stack([wide, tall], -1)[None, :, None, :] * rng.uniform(0.88, 1.08, (count, drawers, 1, 2))
-    points = np.einsum("cdij,cdkpj->cdkpi", hand, points) + rng.normal(0, 0.07, (count, drawers, 1, 1, 2))
-
+    points, pen = _write(rng, letters, drawers)
     canvas = _canvas(size)
     # As many points along a stroke as the canvas has pixels: they lie closer than a pen is thick.
     curves = _bezier(points, canvas).reshape(count * drawers, -1, 2)
@@ -136,6 +121,26 @@ def _draw(
         ink = _ink(curves[i : i + _CHUNK], visible[i : i + _CHUNK], radius[i : i + _CHUNK], canvas)
         out[i : i + _CHUNK] = ink if canvas == size else shrink(ink, size)
     return out.reshape(count, drawers, size, size)
+
+
+def _write(rng: np.random.Generator, letters: Floats, drawers: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The letters in each hand: control points (count, drawers, STROKES, 4, 2), and the drawers' pens (drawers,)."""
+    count = len(letters)
+    turn, slant = rng.normal(0, 0.12, drawers), rng.normal(0, 0.18, drawers)
+    wide, tall = rng.uniform(0.62, 0.95, drawers), rng.uniform(0.62, 0.95, drawers)
+    pen = rng.uniform(0.018, 0.036, drawers)
+    steadiness = rng.uniform(0.03, 0.09, drawers)
+
+    # Unsteadiness: every control point of every drawing, the place of each stroke, the turn and size of each drawing.
+    points = np.repeat(letters[:, None], drawers, axis=1).astype(np.float64)  # (C, D, K, 4, 2)
+    wobble = steadiness[None, :, None, None, None]
+    points += rng.normal(0, 1, points.shape) * wobble
+    points += rng.normal(0, 0.7, (count, drawers, STROKES, 1, 2)) * wobble
+    angle = turn[None, :] + rng.normal(0, 0.06, (count, drawers))
+    cos, sin = np.cos(angle), np.sin(angle)
+    hand = np.stack([np.stack([cos, -sin + slant * cos], -1), np.stack([sin, cos + slant * sin], -1)], -2)
+    hand *= np.stack([wide, tall], -1)[None, :, None, :] * rng.uniform(0.88, 1.08, (count, drawers, 1, 2))
+    return np.einsum("cdij,cdkpj->cdkpi", hand, points) + rng.normal(0, 0.07, (count, drawers, 1, 1, 2)), pen
 
 
 def _bezier(points: NDArray[np.float64], samples: int) -> NDArray[np.float64]:

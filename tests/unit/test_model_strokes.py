@@ -50,14 +50,44 @@ def test_every_drawing_at_every_size_has_ink_and_mostly_paper(size: int) -> None
         assert share.max() < 0.35
 
 
-def test_a_drawer_has_a_hand_of_their_own(full: Dataset) -> None:
-    # Those whose pen is thick on one half of an alphabet's letters have a thick pen on the other half.
-    agreement = []
-    for a in range(len(full.train.alphabets)):
-        ink = full.train.images[full.train.alphabet == a].float().mean((2, 3))  # (characters, drawers)
-        ink = ink / ink.mean(1, keepdim=True)
-        agreement.append(np.corrcoef(ink[::2].mean(0), ink[1::2].mean(0))[0, 1])
-    assert np.mean(agreement) > 0.8
+def thickness(images: torch.Tensor) -> torch.Tensor:
+    """(..., S, S) to (...): twice the ink over the length of its edge, in pixels."""
+    ink = (images > 127).float()
+    edge = (ink.diff(dim=-1).abs().sum((-1, -2)) + ink.diff(dim=-2).abs().sum((-1, -2))).clamp_min(1)
+    return 2 * ink.sum((-1, -2)) / edge
+
+
+def test_a_drawer_has_a_pen_of_their_own() -> None:
+    # Those whose pen is thick on one half of the letters have a thick pen on the other half; and pens differ.
+    images = strokes.generate(105, shape=strokes.Shape((2, 1, 1), (12, 2, 2), (24, 24))).train.images
+    for letters in images.split(24):
+        pens = thickness(letters)  # (letters, drawers)
+        halves = pens[::2].mean(0), pens[1::2].mean(0)
+        assert np.corrcoef(*halves)[0, 1] > 0.9
+        assert halves[0].max() / halves[0].min() > 1.3
+
+
+def test_a_hand_slants_and_stretches_and_shakes() -> None:
+    rng = np.random.default_rng(0)
+    letters, _ = strokes._alphabet(rng, 24)
+    points, _ = strokes._write(rng, letters, 12)
+    flat = letters.reshape(24, -1, 2).astype(np.float64)
+    plan = np.concatenate([flat, np.ones((24, flat.shape[1], 1))], 2)
+    maps, rest = np.empty((24, 12, 2, 2)), np.empty((24, 12))
+    for c in range(24):
+        for d in range(12):
+            drawn = points[c, d].reshape(-1, 2)
+            solution = np.linalg.lstsq(plan[c], drawn, rcond=None)[0]
+            maps[c, d] = solution[:2].T
+            rest[c, d] = np.sqrt(((plan[c] @ solution - drawn) ** 2).mean())
+    # What no affine map explains: a shaking hand, some steadier than others.
+    assert rest.min() > 0.01
+    assert 0.02 < rest.mean() < 0.12
+    assert rest.mean(0).max() / rest.mean(0).min() > 1.5
+    # The map itself differs more between drawers than between the letters of one.
+    for entry in ((0, 0), (1, 1), (0, 1)):
+        values = maps[:, :, entry[0], entry[1]]
+        assert values.mean(0).std() > 0.8 * values.std(0).mean()
 
 
 def test_no_two_drawings_of_a_character_are_the_same(full: Dataset) -> None:
