@@ -27,6 +27,7 @@ def train(
     json: Json = False,
 ) -> None:
     """Train one network. Ctrl-C writes a checkpoint; the same command goes on from it, to the same result."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages, read by torch when it is loaded
     import torch
 
     from model import dataset, spec

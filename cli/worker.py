@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -36,6 +37,7 @@ def worker(
     stopped as asked, 1 refused or unfit (one line says why), 3 the GPU gave up, 4 a trial was stuck; start it again
     after 3 and 4.
     """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages, read by torch when it is loaded
     from workers.run import run
 
     chosen = settings.load()
