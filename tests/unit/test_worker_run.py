@@ -134,13 +134,14 @@ def test_a_worker_that_stops_after_a_trial_claims_no_other(tmp_path: Path) -> No
         if seen.what == "claims":
             return 200, a_lease(settings=settings, heartbeat_s=0.1).model_dump(mode="json")
         if seen.what == "report":
-            process.send_signal(signal.SIGTERM)
+            if len(server.what("report")) == 1:
+                process.send_signal(signal.SIGTERM)
             return 200, {"verdict": "go_on", "reason": ""}
         return 200, {"study": 1, "trial": 3, "state": "queued", "value": None}
 
     with serving(answer) as server, worker(server, tmp_path) as process:
         code, err = ended(process, 60)
-    assert code in (0, 143), err
+    assert code == 0, err
     assert len(server.what("claims")) == 1
     assert len(server.what("release")) == 1
 
