@@ -156,6 +156,7 @@ def test_a_later_call_goes_on_from_what_an_interrupted_one_left(upstream: Upstre
 def test_a_server_that_knows_no_ranges_sends_the_whole_file_again(upstream: Upstream, tmp_path: Path) -> None:
     upstream.ranges, upstream.break_after = False, [1000]
     get(upstream, tmp_path)
+    assert [asked for path, asked in upstream.asked if path == "/all_runs.zip"] == [None, "bytes=1000-"]
     assert (tmp_path / "omniglot-py" / "all_runs.zip").read_bytes() == upstream.files["all_runs.zip"]
 
 

@@ -88,6 +88,8 @@ def test_a_hand_slants_and_stretches_and_shakes() -> None:
     for entry in ((0, 0), (1, 1), (0, 1)):
         values = maps[:, :, entry[0], entry[1]]
         assert values.mean(0).std() > 0.8 * values.std(0).mean()
+    # A turn moves the two off-diagonal entries apart, a slant only one of them.
+    assert (maps[:, :, 0, 1] + maps[:, :, 1, 0]).mean(0).std() > 0.08
 
 
 def test_no_two_drawings_of_a_character_are_the_same(full: Dataset) -> None:
