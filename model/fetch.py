@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from model import cache, omniglot, vision
 from model.download import Progress, download, md5_of, sync_folder
@@ -50,15 +50,6 @@ class Status:
     """Bytes of the file; None for a folder and for what is not there."""
 
 
-@dataclass(frozen=True)
-class Info:
-    """`cached`: the sizes packed under the home, and whether each still belongs to the data that is there."""
-
-    root: Path | None
-    items: tuple[Status, ...]
-    cached: dict[int, bool]
-
-
 def catalogue() -> tuple[Item, ...]:
     """Everything that Whetstone uses: Omniglot's two parts, Lake's runs, and MNIST's four files."""
     upstream = vision.datasets()
@@ -75,16 +66,26 @@ def catalogue() -> tuple[Item, ...]:
     return tuple(items)
 
 
-def info(root: Path | None, home: Path, items: Sequence[Item] | None = None) -> Info:
-    """Looks at everything, caches under `home` included; writes nothing. Counts every drawing, so it takes seconds."""
+def info(root: Path | None, home: Path, items: Sequence[Item] | None = None) -> dict[str, Any]:
+    """What is there, ready for JSON; writes nothing. Counts every drawing, so it takes seconds.
+
+    root, sets: a row for each item (name, state, detail, path, bytes), cached: for each size packed under `home`,
+    whether it is whole and belongs to the data that is there.
+    """
     listed = catalogue() if items is None else items
-    statuses = tuple(status(root, item) for item in listed) if root is not None else ()
+    rows = [status(root, item) for item in listed] if root is not None else []
     try:
-        found = omniglot.sources(root)
-        cached = cache.state(found, home)
+        cached = cache.state(omniglot.sources(root), home)
     except DataError:
         cached = cache.state((), home)
-    return Info(root, statuses, cached)
+    return {
+        "root": None if root is None else str(root),
+        "sets": [
+            {"name": row.item.name, "state": row.state, "detail": row.note, "path": str(row.path), "bytes": row.size}
+            for row in rows
+        ],
+        "cached": {str(size): current for size, current in cached.items()},
+    }
 
 
 def status(root: Path, item: Item) -> Status:
@@ -121,7 +122,8 @@ def status(root: Path, item: Item) -> Status:
 def fetch(
     root: Path,
     *,
-    progress: Progress = lambda name, done, total: None,
+    home: Path | None = None,
+    progress: Progress | None = None,
     notify: Callable[[str], None] = lambda line: None,
     items: Sequence[Item] | None = None,
     tries: int = 3,
@@ -129,32 +131,56 @@ def fetch(
 ) -> tuple[Status, ...]:
     """Brings everything into `root` that is not there whole; one line through `notify` for each file.
 
-    Raises DataError, in one line, where a file can neither be found nor fetched, where `root` cannot be written, and
-    where another fetch is at work in it. What was fetched before the fault stays, and the next call goes on from there.
+    Without a `progress` of the caller's own, `notify` gets a line for each quarter of a file too. With a `home`,
+    Omniglot is packed there afterwards. Raises DataError, in one line, where a file can neither be found nor fetched,
+    where `root` cannot be written, and where another fetch is at work in it. What was fetched before the fault stays,
+    and the next call goes on from there.
     """
     listed = catalogue() if items is None else items
     before = [status(root, item) for item in listed]
-    after: list[Status] = []
-    lacking = [found for found in before if found.state != "there"]
     for found in before:
         if found.state == "there":
             notify(f"{found.item.name}: already there ({found.note})")
-    if not lacking:
-        return tuple(before)
-    with _alone(root):
-        for found in before:
-            if found.state == "there":
-                after.append(found)
-                continue
-            if found.state == "damaged":
-                notify(f"{found.item.name}: damaged, fetching it again ({found.note})")
-            path = root / found.item.path
-            download(found.item.urls, path, found.item.md5, progress, tries=tries, pause_s=pause_s)
-            if path.suffix == ".gz":
-                _gunzip(path)
-            notify(f"{found.item.name}: fetched into {path}")
-            after.append(Status(found.item, path, "fetched", "checksum verified", path.stat().st_size))
+    after = before
+    if any(found.state != "there" for found in before):
+        with _alone(root):
+            after = [
+                found
+                if found.state == "there"
+                else _get(root, found, progress or _quarters(notify), notify, tries=tries, pause_s=pause_s)
+                for found in before
+            ]
+    sources = omniglot.sources(root) if home is not None else ()
+    if home is not None and sources:
+        cache.load(sources, omniglot.SIDE, home, notify)
     return tuple(after)
+
+
+def _get(
+    root: Path, found: Status, progress: Progress, notify: Callable[[str], None], *, tries: int, pause_s: float
+) -> Status:
+    item, path = found.item, root / found.item.path
+    if found.state == "damaged":
+        notify(f"{item.name}: damaged, fetching it again ({found.note})")
+    download(item.urls, path, item.md5, progress, tries=tries, pause_s=pause_s)
+    if path.suffix == ".gz":
+        _gunzip(path)
+    notify(f"{item.name}: fetched into {path}")
+    return Status(item, path, "fetched", "checksum verified", path.stat().st_size)
+
+
+def _quarters(notify: Callable[[str], None]) -> Progress:
+    """Progress in lines: the beginning of a file, and each quarter of it that is there."""
+    said: dict[str, int] = {}
+
+    def progress(name: str, done: int, total: int | None) -> None:
+        quarter = 4 * done // total if total else 0
+        if said.get(name, -1) < quarter < 4:
+            said[name] = quarter
+            size = f" of {total / 1e6:.1f} MB" if total else ""
+            notify(f"{name}: {25 * quarter}%{size}")
+
+    return progress
 
 
 def _whole_idx(path: Path) -> bool:

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import http.server
+import json
 import socket
 import struct
 import threading
@@ -249,6 +250,22 @@ def test_a_root_that_cannot_be_written_is_named(upstream: Upstream, tmp_path: Pa
         get(upstream, tmp_path / "file" / "data")
 
 
+def test_progress_is_told_in_quarters_where_the_caller_shows_none(upstream: Upstream, tmp_path: Path) -> None:
+    lines, _ = get(upstream, tmp_path)
+    size = len(upstream.files["all_runs.zip"]) / 1e6
+    told = [f"all_runs.zip: {part}% of {size:.1f} MB" for part in (0, 25, 50, 75)]
+    assert [line for line in lines if line.startswith("all_runs.zip: ") and "%" in line] == told
+
+
+def test_fetching_packs_omniglot_for_fast_loading(
+    upstream: Upstream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(omniglot, "SPLITS", fake.SMALL)
+    upstream.files = {f"{part}.zip": fake.packed(part, small=True) for part in fake.SMALL}
+    get(upstream, tmp_path / "data", home=tmp_path / "home")
+    assert fetch.info(tmp_path / "data", tmp_path / "home", upstream.catalogue())["cached"] == {"105": True}
+
+
 def test_the_catalogue_is_upstreams() -> None:
     items = {Path(item.path).name: item for item in fetch.catalogue()}
     assert len(items) == 7
@@ -265,10 +282,11 @@ def test_info_tells_what_is_there_missing_and_damaged_and_writes_nothing(upstrea
     (root / omniglot.FOLDER / "all_runs.zip").write_bytes(b"no zip")
     before = tree(tmp_path)
     shown = fetch.info(root, tmp_path / "home", upstream.catalogue())
-    assert {status.item.name: status.state for status in shown.items} == {
+    assert {row["name"]: row["state"] for row in shown["sets"]} == {
         "all_runs.zip": "damaged",
         "t10k-images-idx3-ubyte.gz": "missing",
     }
-    assert shown.cached == {}
-    assert fetch.info(None, tmp_path / "home", upstream.catalogue()).items == ()
+    assert shown["cached"] == {}
+    assert json.loads(json.dumps(shown)) == shown
+    assert fetch.info(None, tmp_path / "home", upstream.catalogue())["sets"] == []
     assert tree(tmp_path) == before

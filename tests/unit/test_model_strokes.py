@@ -70,12 +70,12 @@ def test_a_drawer_has_a_pen_of_their_own() -> None:
 def test_a_hand_slants_and_stretches_and_shakes() -> None:
     rng = np.random.default_rng(0)
     letters, _ = strokes._alphabet(rng, 24)
-    points, _ = strokes._write(rng, letters, 12)
+    points, _ = strokes._write(rng, letters, 40)
     flat = letters.reshape(24, -1, 2).astype(np.float64)
     plan = np.concatenate([flat, np.ones((24, flat.shape[1], 1))], 2)
-    maps, rest = np.empty((24, 12, 2, 2)), np.empty((24, 12))
+    maps, rest = np.empty((24, 40, 2, 2)), np.empty((24, 40))
     for c in range(24):
-        for d in range(12):
+        for d in range(40):
             drawn = points[c, d].reshape(-1, 2)
             solution = np.linalg.lstsq(plan[c], drawn, rcond=None)[0]
             maps[c, d] = solution[:2].T
