@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version as package_version
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -128,8 +129,17 @@ def _serve(
         one_time=link,
         version=package_version("whetstone"),
     )
+
+    class Server(uvicorn.Server):
+        """Ends waiting claims and event streams the moment it is told to exit, so that they do not hold it up."""
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            stopping.set()
+            app.state.waiting.close()
+            super().handle_exit(sig, frame)
+
     config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=3, lifespan="on")
-    server = uvicorn.Server(config)
+    server = Server(config)
     with Reaper(coordinator, chosen.term_s / 3), _noted(chosen.home_dir, url, admin):
         threading.Thread(
             target=_announce, args=(server, url, admin, link.path, json_line), name="announce", daemon=True

@@ -14,6 +14,12 @@ from hpo.errors import DatabaseUnavailable
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
+UNMIGRATED = {
+    "empty": "the database has no tables yet: run `whetstone db upgrade`",
+    "old": "the database is older than this Whetstone: run `whetstone db upgrade`",
+    "new": "the database is newer than this Whetstone: update Whetstone",
+}
+
 
 @contextmanager
 def open_store(settings: Settings, *, migrate: bool | None = None) -> Iterator[Engine]:
@@ -61,8 +67,8 @@ def _wait_for(url: str, wait_s: float, *, migrate: bool) -> Engine:
         try:
             if migrate:
                 database.upgrade(engine)
-            else:
-                database.check(engine)
+            elif (state := database.check(engine)) != "current":
+                raise DatabaseUnavailable(UNMIGRATED[state])
         except DatabaseUnavailable as error:
             engine.dispose()
             if time.monotonic() >= deadline:

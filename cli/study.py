@@ -197,6 +197,9 @@ def best(
     download: Annotated[
         Path | None, typer.Option(help="Also save the best trial's checkpoint in this folder.", file_okay=False)
     ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Also write the best point to this file, for `whetstone train`.", dir_okay=False)
+    ] = None,
     url: Url = None,
     token: Token = None,
     json: Json = False,
@@ -207,6 +210,11 @@ def best(
         trials = client.get(f"/api/v1/studies/{item['study']}/best", params={"top": top})
         if download and trials:
             _download(client, item["study"], trials[0]["trial"], download)
+        if recipe and trials:
+            detail = client.get(f"/api/v1/studies/{item['study']}/trials/{trials[0]['trial']}")
+            point = {"params": detail["params"], "settings": item["spec"]["settings"], "seed": detail["seed"]}
+            recipe.write_text(yaml.safe_dump(point, sort_keys=False), encoding="utf-8")
+            output.say(f"Wrote trial {detail['trial']} as a recipe. Train it: whetstone train {recipe}")
     if json:
         output.print_json(trials)
         return

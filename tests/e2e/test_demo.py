@@ -56,7 +56,7 @@ def test_ctrl_c_stops_everything_and_a_second_run_ends_the_same_study(tmp_path: 
     assert first.returncode == 130, said
     assert "Traceback" not in said
     assert "go on with this study" in said
-    gone, alive = psutil.wait_procs(parts, timeout=5)
+    _, alive = psutil.wait_procs(parts, timeout=5)
     assert alive == [], "the demo left processes behind"
 
     second = start(tmp_path, "--json", "result.json")

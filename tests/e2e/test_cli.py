@@ -1,0 +1,261 @@
+"""The command line as a person or a script uses it: real processes, a real server, exit codes, what it prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.faults.service import SPACE, TINY_SETTINGS
+
+
+def environment(home: Path, **more: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("WHETSTONE_", "DATABASE_URL"))}
+    return kept | {"WHETSTONE_HOME": str(home), "COLUMNS": "120", "OMP_NUM_THREADS": "1"} | more
+
+
+def run(home: Path, *arguments: str, text: str = "", **more: str) -> subprocess.CompletedProcess[str]:
+    """One `whetstone` command, with what it printed and its exit code."""
+    return subprocess.run(
+        [sys.executable, "-m", "cli.main", *arguments],
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment(home, **more),
+        cwd=home,
+    )
+
+
+class Server:
+    """`whetstone serve --json`, with the home that commands find it by."""
+
+    def __init__(self, home: Path, database_url: str) -> None:
+        self.home = home
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "cli.main", "serve", "--port", "0", "--json"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(home, DATABASE_URL=database_url),
+        )
+        assert self.process.stdout is not None
+        self.line = self.process.stdout.readline()
+        assert self.line, self.process.stderr and self.process.stderr.read()
+        said = json.loads(self.line)
+        self.url, self.token = said["url"], said["token"]
+
+    def __call__(self, *arguments: str, text: str = "") -> subprocess.CompletedProcess[str]:
+        return run(self.home, *arguments, text=text)
+
+    def stop(self) -> tuple[int, str, str]:
+        self.process.send_signal(signal.SIGTERM)
+        out, err = self.process.communicate(timeout=30)
+        return self.process.returncode, out, err
+
+
+@pytest.fixture
+def server(tmp_path: Path, postgres_url: str) -> Iterator[Server]:
+    made = Server(tmp_path, postgres_url)
+    yield made
+    made.process.kill()
+    made.process.wait()
+
+
+def study(name: str = "tiny", trials: int = 2) -> str:
+    document = {
+        "name": name,
+        "workload": "siamese",
+        "space": SPACE,
+        "settings": TINY_SETTINGS,
+        "budget": {"trials": trials},
+        "sampler": "random",
+    }
+    return yaml.safe_dump(document)
+
+
+def test_a_study_goes_from_launch_to_a_network_on_disk(server: Server) -> None:
+    launched = server("study", "launch", "-", "--json", text=study())
+    assert launched.returncode == 0, launched.stderr
+    number = str(json.loads(launched.stdout)["study"])
+
+    for _ in range(2):
+        worked = server("worker", "--once", "--device", "cpu", "--threads", "1")
+        assert worked.returncode == 0, worked.stderr
+
+    shown = server("study", "show", "tiny")
+    assert "finished" in shown.stdout
+    assert "2 complete" in shown.stdout
+    trials = json.loads(server("trial", "list", number, "--json").stdout)
+    assert [t["trial"] for t in trials] == [0, 1]
+    best = server("study", "best", number, "--json", "--download", "best", "--recipe", "recipe.yaml")
+    assert best.returncode == 0, best.stderr
+    values = [t["value"] for t in json.loads(best.stdout)]
+    assert values == sorted(values, reverse=True)
+
+    scored = server("evaluate", "best", "--tasks", "100", "--way", "5", "--data", "strokes", "--json")
+    assert scored.returncode == 0, scored.stderr
+    assert json.loads(scored.stdout)["while_training"] == values[0]
+    trained = server("train", "recipe.yaml", "-o", "again", "--device", "cpu", "--threads", "1", "--json")
+    assert trained.returncode == 0, trained.stderr
+    assert json.loads(trained.stdout)["value"] == values[0], "the same recipe gives the same network"
+
+    exported = server("study", "export", "tiny", "-f", "csv")
+    assert len(exported.stdout.splitlines()) == 3
+    assert server("study", "delete", "tiny", "--yes").returncode == 0
+    assert "No studies yet" in server("study", "list").stdout
+
+
+def test_a_study_is_steered_by_name(server: Server) -> None:
+    server("study", "launch", "-", text=study("steered", trials=5))
+    for command, state in (("pause", "paused"), ("resume", "running"), ("stop", "stopped")):
+        done = server("study", command, "steered")
+        assert done.returncode == 0, done.stderr
+        assert state in done.stdout
+    assert server("study", "pause", "steered").returncode == 1
+    missing = server("study", "show", "nobody")
+    assert missing.returncode == 1
+    assert "whetstone study list" in missing.stderr
+
+
+def test_points_of_ones_own_are_queued_recorded_and_cancelled(server: Server) -> None:
+    server("study", "launch", "-", text=study("points"))
+    queued = server("trial", "add", "points", "{eta: 0.01, mu: 0.5}", "--json")
+    assert queued.returncode == 0, queued.stderr
+    assert json.loads(queued.stdout)["params"]["eta"]["conv1"] == 0.01
+    recorded = server("trial", "add", "points", "{eta: 0.02, mu: 0.5}", "--value", "0.9", "--json")
+    assert json.loads(recorded.stdout)["state"] == "complete"
+    assert server("trial", "cancel", "points", "0").returncode == 0
+    assert "cancelled" in server("trial", "show", "points", "0").stdout
+    wrong = server("trial", "add", "points", "{eta: 7, mu: 0.5, nu: 1}")
+    assert wrong.returncode == 2
+    assert "eta" in wrong.stderr
+    assert "nu" in wrong.stderr
+
+
+def test_a_bad_spec_exits_2_and_names_every_fault(server: Server) -> None:
+    document = yaml.safe_load(study("bad"))
+    document["space"][0]["low"] = 5
+    document["space"][0]["labels"] = ["conv1", "conv1"]
+    document["sampler"] = "bayes"
+    document["colour"] = "blue"
+    document["budget"] = {"trials": float("nan")}
+    document["settings"] = {"net": {"input": 28, "conv": [{"filters": 4, "kernel": 29}], "fc": 8}}
+    refused = server("study", "launch", "-", text=yaml.safe_dump(document))
+    assert refused.returncode == 2
+    for place in ("space[0]", "labels", "sampler", "colour", "budget.trials", "settings.net"):
+        assert place in refused.stderr, refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_serve_prints_one_line_and_its_token_dies_with_it(server: Server, postgres_url: str) -> None:
+    note = server.home / "server.json"
+    assert note.stat().st_mode & 0o777 == 0o600
+    code, rest, _ = server.stop()
+    assert code == 0
+    assert rest == ""
+    assert not note.exists()
+    again = Server(server.home, postgres_url)
+    try:
+        refused = run(server.home, "study", "list", "--url", again.url, "--token", server.token)
+        assert refused.returncode == 1
+        assert server.token not in refused.stderr
+    finally:
+        again.stop()
+
+
+def test_tokens_are_made_listed_and_revoked(server: Server, postgres_url: str) -> None:
+    made = run(server.home, "token", "create", "reader", "--role", "viewer", "--json", DATABASE_URL=postgres_url)
+    secret, number = json.loads(made.stdout)["token"], str(json.loads(made.stdout)["id"])
+    assert run(server.home, "study", "list", WHETSTONE_URL=server.url, WHETSTONE_TOKEN=secret).returncode == 0
+    launch = run(server.home, "study", "launch", "-", text=study(), WHETSTONE_URL=server.url, WHETSTONE_TOKEN=secret)
+    assert launch.returncode == 1
+    assert "admin" in launch.stderr
+    listed = run(server.home, "token", "list", DATABASE_URL=postgres_url)
+    assert "reader" in listed.stdout
+    assert secret not in listed.stdout
+    run(server.home, "token", "revoke", number, DATABASE_URL=postgres_url)
+    assert run(server.home, "study", "list", WHETSTONE_URL=server.url, WHETSTONE_TOKEN=secret).returncode == 1
+
+
+def test_no_postgres_is_one_line_and_exit_1(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # bound, not listening: nobody answers here
+        port = taken.getsockname()[1]
+        url = f"postgresql://someone:s3cret@127.0.0.1:{port}/nothing"
+        failed = run(tmp_path, "serve", "--port", "0", DATABASE_URL=url)
+    assert failed.returncode == 1
+    assert len(failed.stderr.strip().splitlines()) == 1, failed.stderr
+    assert "s3cret" not in failed.stderr
+
+
+def test_a_taken_port_is_one_line_with_the_remedy(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        failed = run(tmp_path, "serve", "--port", str(taken.getsockname()[1]))
+    assert failed.returncode == 1
+    assert "--port 0" in failed.stderr
+    assert len(failed.stderr.strip().splitlines()) == 1
+
+
+def test_a_wrong_environment_names_the_variable_and_not_its_value(tmp_path: Path) -> None:
+    failed = run(tmp_path, "study", "list", WHETSTONE_PORT="eight thousand", WHETSTONE_LEASE_TERM_S="-1")
+    assert failed.returncode == 2
+    assert "WHETSTONE_PORT" in failed.stderr
+    assert "WHETSTONE_LEASE_TERM_S" in failed.stderr
+    assert "eight thousand" not in failed.stderr
+
+
+def test_without_a_server_or_a_token_the_remedy_is_named(tmp_path: Path) -> None:
+    nothing = run(tmp_path, "study", "list")
+    assert nothing.returncode == 2
+    assert "WHETSTONE_TOKEN" in nothing.stderr
+    nobody = run(tmp_path, "study", "list", "--url", "http://127.0.0.1:9", "--token", "wst_0123456789abcdef")
+    assert nobody.returncode == 1
+    assert "whetstone serve" in nobody.stderr
+
+
+def test_a_faulty_recipe_exits_2_and_names_every_fault(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("params: {eta: -1, mu: 2, lambda: 0}\nsettings: {net: mini, epoch: 3}\n")
+    refused = run(tmp_path, "train", "r.yaml")
+    assert refused.returncode == 2
+    for place in ("eta", "mu", "epoch"):
+        assert place in refused.stderr
+
+
+def test_a_missing_checkpoint_says_what_was_expected(tmp_path: Path) -> None:
+    failed = run(tmp_path, "evaluate", "nowhere")
+    assert failed.returncode == 1
+    assert "best.json" in failed.stderr
+
+
+def test_ctrl_c_in_train_leaves_a_checkpoint_that_it_goes_on_from(tmp_path: Path) -> None:
+    recipe = {"params": {"eta": 0.05, "mu": 0.5}, "settings": TINY_SETTINGS | {"epochs": 100000}, "seed": 1}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    arguments = [sys.executable, "-m", "cli.main", "train", "r.yaml", "-o", "run", "--threads", "1", "--device", "cpu"]
+    process = subprocess.Popen(arguments, cwd=tmp_path, env=environment(tmp_path), stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    while "epoch    3" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+    again = subprocess.Popen(arguments, cwd=tmp_path, env=environment(tmp_path), stderr=subprocess.PIPE, text=True)
+    assert again.stderr is not None
+    epochs = []
+    while not epochs:
+        line = again.stderr.readline()
+        assert line, "it ended"
+        epochs = [int(line.split()[1])] if line.startswith("epoch") else []
+    again.send_signal(signal.SIGINT)
+    again.communicate(timeout=30)
+    assert epochs[0] > 3, "it began anew"
