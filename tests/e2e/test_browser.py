@@ -82,7 +82,11 @@ class Client:
         return answer.json()
 
     def claim(self) -> dict[str, Any]:
-        return dict(self.post("/claims", {"worker": "hand-1", "device": "cpu", "wait_s": 10}))
+        return dict(
+            self.post(
+                "/claims", {"worker": "by-hand@a-machine-with-a-long-name.example", "device": "cpu", "wait_s": 10}
+            )
+        )
 
     def report(self, lease: dict[str, Any], epoch: int, value: float) -> None:
         metrics = {"accuracy": value, "accuracy_320": value - 0.01, "loss": 0.7 - value / 2}
@@ -266,7 +270,7 @@ def test_every_page_fits_a_phone_and_a_keyboard(server: Server, worker: Client, 
     page.goto(f"{study}/queue")
     page.get_by_role("button", name="Add to the queue").click()
     seen(page, "#live", "a point of one's own")
-    page.set_viewport_size({"width": 400, "height": 800})
+    page.set_viewport_size({"width": 340, "height": 800})
     for path in ("", "/trials", "/queue", "/config", "/trials/0", "/../../workers", "/../../", "/../new"):
         page.goto(study + path)
         page.wait_for_load_state("networkidle")

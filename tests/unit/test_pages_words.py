@@ -66,6 +66,24 @@ def test_a_document_is_read_as_people_write_it() -> None:
     assert document.read('{"a": [1, {"b": null}]}') == {"a": [1, {"b": None}]}
 
 
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("a: &x [1]\nb: *x", "uses an alias"),
+        ("[" * 100_000, "nested more than 32 deep"),
+        ("name: a\nname: b", "stands here twice"),
+        ("a: " + "x" * 300_000, "longer than"),
+        ("- a", "must be a mapping"),
+        ("", "is empty"),
+        ("a: !!python/object/apply:os.system ['true']", "neither YAML nor JSON"),
+    ],
+)
+def test_a_dangerous_or_doubtful_document_is_refused_for_what_it_is(text: str, fault: str) -> None:
+    with pytest.raises(Invalid) as refused:
+        document.read(text)
+    assert fault in str(refused.value.faults[0])
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), max_size=20),
