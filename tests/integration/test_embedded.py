@@ -49,8 +49,15 @@ FAST = {"fsync": "off"}
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Path:
-    return tmp_path / "home"
+def short_path() -> Iterator[Path]:
+    """A folder with a path short enough for a socket in it, wherever the tests' own folders are."""
+    with tempfile.TemporaryDirectory(prefix="wst-") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def home(short_path: Path) -> Path:
+    return short_path / "home"
 
 
 @pytest.fixture
@@ -234,8 +241,8 @@ def test_other_commands_find_the_running_server_and_only_that(home: Path) -> Non
     assert embedded.running(home) is None
 
 
-def test_no_existing_folder_is_changed_and_nothing_of_ours_is_open_to_others(tmp_path: Path) -> None:
-    above = tmp_path / "above"
+def test_no_existing_folder_is_changed_and_nothing_of_ours_is_open_to_others(short_path: Path) -> None:
+    above = short_path / "above"
     home = above / "home"
     home.mkdir(parents=True)
     above.chmod(0o711)
