@@ -16,14 +16,13 @@ import torch
 
 from model import cache, omniglot, strokes
 from model.drawings import DataError, Dataset, Drawings
+from model.geometry import LARGEST_INPUT
 
 Choice = Literal["auto", "omniglot", "strokes"]
 
 TRAIN_DRAWERS = range(12)
 VALIDATION_DRAWERS = range(12, 16)
 TEST_DRAWERS = range(16, 20)
-LARGEST = 420
-"""Pixels: four times Omniglot's own side."""
 
 
 def load(
@@ -35,8 +34,8 @@ def load(
     the stroke characters. Raises DataError where Omniglot was asked for and is not there, or is there and damaged,
     ValueError for a size or a source that does not exist.
     """
-    if not 1 <= size <= LARGEST:
-        raise ValueError(f"images have 1 to {LARGEST} pixels a side; got {size}")
+    if not 1 <= size <= LARGEST_INPUT:
+        raise ValueError(f"images have 1 to {LARGEST_INPUT} pixels a side; got {size}")
     if source == "strokes":
         return strokes.generate(size)
     if source not in ("auto", "omniglot"):

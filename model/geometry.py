@@ -97,6 +97,9 @@ class NetConfig:
 
 MAX_PARAMETERS = 1_000_000_000
 
+LARGEST_INPUT = 420
+"""Pixels a side of the largest image: four times Omniglot's own."""
+
 PAPER = NetConfig(
     input=105,
     conv=(Conv(64, 10, "floor"), Conv(128, 7, "floor"), Conv(128, 4, "floor"), Conv(256, 4)),

@@ -16,10 +16,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from model.geometry import NETS, Conv, NetConfig, Pool
+from model.geometry import LARGEST_INPUT, NETS, Conv, NetConfig, Pool
 from model.values import Fault, Kind, boolean, choice, integer, key_path, number, optional, show_type, suggestion
 
 __all__ = ["FROZEN", "Fault", "LayerRates", "Refused", "SiameseWorkload", "TrainConfig", "config"]
+
+LARGEST_WAY = 46
+"""Characters of the largest validation alphabet (Oriya's): there is no task of more within one alphabet."""
 
 HYPERPARAMETERS: Mapping[str, Kind] = {
     "eta": number(above=0.0),
@@ -39,7 +42,7 @@ SETTINGS: Mapping[str, tuple[Kind, Any]] = {
     "distort": (boolean(), True),
     "same_alphabet": (boolean(), True),
     "precision": (choice("auto", "fp32", "bf16"), "auto"),
-    "way": (integer(2, 1000), 20),
+    "way": (integer(2, LARGEST_WAY), 20),
     "validation_tasks": (integer(1, 1_000_000), 2000),
     "validation_seed": (integer(0, 2**63 - 1), 0),
     "data": (choice("auto", "omniglot", "strokes"), "auto"),
@@ -51,7 +54,7 @@ SETTINGS: Mapping[str, tuple[Kind, Any]] = {
 FROZEN = frozenset({"way", "validation_tasks", "validation_seed", "data"})
 """Settings that a point must not sweep: values measured under different ones cannot be compared."""
 
-_FILTERS, _KERNEL, _FC, _INPUT = integer(1, 65_536), integer(1, 1024), integer(1, 1_048_576), integer(8, 1024)
+_FILTERS, _KERNEL, _FC, _INPUT = integer(1, 65_536), integer(1, 1024), integer(1, 1_048_576), integer(8, LARGEST_INPUT)
 ARCHITECTURE = ("filters", "kernel", "fc")
 """Settings laid over the network's own layers; the first two are one integer or {"conv1": integer, ...}."""
 

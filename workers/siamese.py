@@ -2,7 +2,8 @@
 
 Whatever happens in a trial comes back as one `Ended`: an exception with its traceback, memory that ran out as
 infeasible at the level of chance. Only what is the machine's fault and not the trial's (its data is missing, its disk
-is full) is raised, as `MachineUnfit`, because the next trial would meet it too. Data stays loaded between trials.
+is full) is raised, as `MachineUnfit`, because the next trial would meet it too; data that is whole and too small for
+what the study asks of it is the study's fault. Data stays loaded between trials.
 """
 
 from __future__ import annotations
@@ -92,8 +93,8 @@ class Siamese:
             recipe = config(lease.params, lease.settings, lease.seed)
             way = recipe.way
             return self._fit(recipe, lease, place, report, interrupt)
-        except (DataError, MachineUnfit) as error:
-            raise MachineUnfit(str(error)) from error
+        except MachineUnfit:
+            raise
         except Exception as error:
             if isinstance(error, OSError) and error.errno in _DISK:
                 raise MachineUnfit(f"checkpoints cannot be written to {place.path}: {error.strerror}") from error
@@ -142,6 +143,8 @@ class Siamese:
             try:
                 found = load(size, source=source, data_root=self._data_root, home=self._home, notify=log.warning)  # type: ignore[arg-type]
                 self._datasets[key] = found.to(self._device.name)
+            except DataError as error:
+                raise MachineUnfit(str(error)) from error
             except Exception as error:
                 if out_of_memory(error):
                     raise MachineUnfit(

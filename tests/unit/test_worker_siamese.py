@@ -184,6 +184,15 @@ def test_missing_data_is_the_machines_fault_and_not_the_trials(siamese: Siamese,
         train(siamese, tmp_path, Heard(), lease(data="omniglot"))
 
 
+def test_a_study_that_asks_more_than_whole_data_can_give_fails_its_trial_and_spares_the_worker(
+    siamese: Siamese, tmp_path: Path
+) -> None:
+    """A way that no alphabet has: another machine would meet it too, so no worker must end of it."""
+    ended = train(siamese, tmp_path, Heard(), lease(way=46))
+    assert ended.outcome == "failed"
+    assert "no alphabet has 46 characters" in ended.reason
+
+
 def test_a_disk_that_takes_no_checkpoint_is_the_machines_fault(siamese: Siamese, tmp_path: Path) -> None:
     heard = Heard()
     place = heard.place(tmp_path)
