@@ -207,7 +207,7 @@ class Coordinator:
 
     @_counted
     def hello(self, request: WorkerHello, principal: Principal) -> WorkerPlace:
-        """Give a worker a device of its own among those of its host."""
+        """Give a worker a device of its own among those that it sees."""
         return fleet.hello(self._desk, request, principal)
 
     @_counted

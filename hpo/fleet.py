@@ -1,8 +1,9 @@
 """Workers: who they are, which device is whose, and who is to go.
 
-A device (one UUID on one host) belongs to at most one live worker; a worker is live until it has been silent for two
-terms. Devices are given out under an advisory lock of their host, so two workers that start together never get the
-same. A drained worker finishes its trial and gets no further lease, until it introduces itself anew.
+A device belongs to at most one live worker; a worker is live until it has been silent for two terms. A GPU's UUID names
+one device whatever the host says it is called (every container has a host name of its own and may see the same GPUs);
+any other name is a device of its host. Devices are given out one worker at a time, so two that start together never get
+the same. A drained worker finishes its trial and gets no further lease, until it introduces itself anew.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from hpo.views import WorkerView
 SILENT_TERMS = 2
 LISTED_HOURS = 24
 
-# One at a time on a host; two hosts whose names collide only wait for each other.
-LOCK_HOST = sa.text("SELECT pg_advisory_xact_lock(hashtextextended('whetstone:host:' || :host, 0))")
+# One at a time in the whole fleet: introductions are rare and short.
+LOCK_DEVICES = sa.text("SELECT pg_advisory_xact_lock(hashtextextended('whetstone:devices', 0))")
 
-# Devices of a host that other live workers have.
+# Devices that other live workers have: those of this host, and every one that is known by a UUID.
 TAKEN = sa.text("""
     SELECT device FROM whetstone.workers
-    WHERE host = :host AND name <> :name AND device <> ''
+    WHERE (host = :host OR device LIKE 'GPU-%' OR device LIKE 'MIG-%') AND name <> :name AND device <> ''
       AND last_seen > clock_timestamp() - make_interval(secs => :silent_s)
 """)
 
@@ -75,7 +76,7 @@ WORKERS = sa.text("""
 
 
 def hello(desk: Desk, request: WorkerHello, principal: Principal) -> WorkerPlace:
-    """Take down who the worker is and give it the first of its host's devices that no other live worker has.
+    """Take down who the worker is and give it the first of the devices it sees that no other live worker has.
 
     A worker that comes back keeps its device. "cpu" may be shared. The device is None where the worker named none or
     all are taken.
@@ -83,7 +84,7 @@ def hello(desk: Desk, request: WorkerHello, principal: Principal) -> WorkerPlace
     host = storable(request.host)
     offered = [storable(device) for device in request.devices]
     with desk.transaction() as conn:
-        conn.execute(LOCK_HOST, {"host": host})
+        conn.execute(LOCK_DEVICES)
         me = {"name": request.worker, "host": host, "silent_s": silent_s(desk)}
         taken = set(conn.execute(TAKEN, me).scalars())
         free = [device for device in offered if device == "cpu" or device not in taken]

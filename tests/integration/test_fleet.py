@@ -25,8 +25,25 @@ def test_two_workers_of_one_host_get_two_devices(engine: sa.Engine) -> None:
     assert hello(desk, "w1") == "GPU-aaaa"
     assert hello(desk, "w2") == "GPU-bbbb"
     assert hello(desk, "w3") is None
-    assert hello(desk, "w4", host="h2") == "GPU-aaaa", "another host has devices of its own"
     assert hello(desk, "w2") == "GPU-bbbb", "who comes back keeps its device"
+
+
+def test_containers_that_see_the_same_gpus_get_one_each(engine: sa.Engine) -> None:
+    """Every replica of a compose service has a host name of its own, and all of them see all GPUs."""
+    desk, other = coordinator(engine), coordinator(engine)
+    calls = [
+        lambda n=n, mine=(desk, other)[n % 2]: hello(mine, f"w{n}", host=f"container-{n}")  # type: ignore[misc]
+        for n in range(4)
+    ]
+    given = together(*calls)
+    assert sorted(str(device) for device in given) == [*TWO, "None", "None"]
+
+
+def test_a_device_without_a_uuid_is_one_of_its_host(engine: sa.Engine) -> None:
+    desk = coordinator(engine)
+    assert hello(desk, "w1", devices=["cuda:0"]) == "cuda:0"
+    assert hello(desk, "w2", devices=["cuda:0"]) is None
+    assert hello(desk, "w3", host="h2", devices=["cuda:0"]) == "cuda:0", "another host has devices of its own"
 
 
 def test_workers_that_start_together_never_share_a_device(engine: sa.Engine) -> None:
