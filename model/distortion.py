@@ -30,7 +30,7 @@ def distort(images: Tensor, generator: torch.Generator) -> Tensor:
 
     The numbers are drawn on the generator's device, so one CPU generator gives the same distortions everywhere.
     """
-    matrix = draw_matrices(images.shape[0], generator).to(images.device)
+    matrix = draw_matrices(images.shape[0], generator).to(images.device, non_blocking=True)
     pixels = clean(images)
     grid = F.affine_grid(matrix, list(pixels.shape), align_corners=False)
     return F.grid_sample(pixels, grid, mode="bilinear", padding_mode="zeros", align_corners=False)

@@ -59,10 +59,10 @@ class PairSampler:
 
         hand = _below(chance[3], self.drawers)
         other_hand = (hand + 1 + _below(chance[4], self.drawers - 1)) % self.drawers
-        return (
-            (first * self.drawers + hand).to(self.device),
-            (second * self.drawers + other_hand).to(self.device),
-            same.to(torch.float32).to(self.device),
+        return (  # a copy that is waited for would hold the next batch up until the device has done with this one
+            (first * self.drawers + hand).to(self.device, non_blocking=True),
+            (second * self.drawers + other_hand).to(self.device, non_blocking=True),
+            same.to(torch.float32).to(self.device, non_blocking=True),
         )
 
 

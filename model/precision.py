@@ -14,7 +14,8 @@ def wants_bf16(precision: str, device: torch.device) -> bool:
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        with torch.cuda.device(device):  # the question is of the current one
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     # Private names, and the only ones: where a torch has them no longer, fp32 is right everywhere.
     questions = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in questions)

@@ -88,7 +88,7 @@ class LayerRates:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One trial's recipe, complete: the same config and data give the same trial again on the same machine."""
+    """One trial's recipe, complete: the same config and data give the same trial again on the same machine's CPU."""
 
     net: NetConfig
     layers: tuple[LayerRates, ...]

@@ -1,9 +1,10 @@
 """Training one Siamese network: `fit(config, data, report) -> FitResult`.
 
-Promise: the same config, data and device give the same result, and a run interrupted at any step and resumed from its
-checkpoint gives, on a CPU, bit for bit what the unbroken run would have, reporting each epoch once. All randomness of
-training comes from one generator on the CPU, saved with the weights; validation tasks depend on `validation_seed`
-alone. The run never learns who listens to its reports. Koch et al. 2015, section 3.2; epochs count from 0.
+Promise: on a CPU the same config, data and number of threads give the same result bit for bit, and so does a run
+interrupted at any step and resumed from its checkpoint, reporting each epoch once; a GPU adds in an order of its own,
+so there the last digits differ. All randomness of training comes from one generator on the CPU, saved with the weights,
+whatever the device; validation tasks depend on `validation_seed` alone. The run never learns who listens to its
+reports. Koch et al. 2015, section 3.2; epochs count from 0.
 """
 
 from __future__ import annotations

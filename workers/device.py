@@ -1,17 +1,21 @@
 """Which device a worker trains on, and what the machine has.
 
 "auto" asks the coordinator for a CUDA device of its own among those the machine shows, by UUID, so that two workers
-on one machine never share one by accident; a machine without CUDA trains on its CPU. Invariant: `resolve` never falls
-back silently from a GPU to the CPU.
+on one machine (or in two of its containers) never share one by accident; a machine without CUDA trains on its CPU.
+Invariant: `candidates` never falls back silently from a GPU to the CPU.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
+
+log = logging.getLogger("whetstone.worker")
+NVIDIA = Path("/proc/driver/nvidia/gpus")
+"""Where the driver lists the machine's GPUs."""
 
 
 class DeviceUnusable(Exception):
@@ -22,7 +26,8 @@ class DeviceUnusable(Exception):
 
 @dataclass(frozen=True)
 class Device:
-    """`name` is torch's ("cpu", "cuda:0"), `id` the coordinator's ("cpu" or a UUID), `title` for people."""
+    """`name` is torch's ("cpu", "cuda:0"), `title` for people, `id` the coordinator's: "cpu", "GPU-" and a UUID, or,
+    where the driver gives none, torch's name, which counts within its host."""
 
     name: str
     id: str
@@ -35,16 +40,19 @@ def cpu() -> Device:
 
 
 def cuda_devices() -> list[Device]:
-    """Every CUDA device this process can see, in torch's order; empty without CUDA."""
+    """Every CUDA device this process can see, in torch's order; empty without CUDA. Raises `DeviceUnusable`."""
     import torch
 
     if not torch.cuda.is_available():
         return []
     found = []
-    for index in range(torch.cuda.device_count()):
-        about = torch.cuda.get_device_properties(index)
-        uuid = str(getattr(about, "uuid", "")) or f"{platform.node()}:{index}"
-        found.append(Device(f"cuda:{index}", f"GPU-{uuid}", about.name, int(about.total_memory)))
+    try:
+        for index in range(torch.cuda.device_count()):
+            about, name = torch.cuda.get_device_properties(index), f"cuda:{index}"
+            uuid = str(getattr(about, "uuid", ""))
+            found.append(Device(name, f"GPU-{uuid}" if uuid else name, about.name, int(about.total_memory)))
+    except RuntimeError as error:  # a GPU that fell off the bus
+        raise DeviceUnusable(f"CUDA does not work here ({_first_line(error)}): check it with nvidia-smi") from None
     return found
 
 
@@ -59,6 +67,8 @@ def candidates(wanted: str) -> list[Device]:
         raise DeviceUnusable("--device must be auto, cpu, cuda or cuda:N")
     found = cuda_devices()
     if wanted == "auto":
+        if not found and NVIDIA.is_dir() and any(NVIDIA.iterdir()):
+            log.warning("this machine has an NVIDIA GPU that PyTorch cannot use (%s): training on the CPU", _build())
         return found or [cpu()]
     if not found:
         raise DeviceUnusable(
@@ -82,10 +92,20 @@ def probe(device: Device) -> None:
             ones = torch.ones(64, 64, device=device.name)
             healthy = float((ones @ ones).sum()) == 64.0**3
     except RuntimeError as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DeviceUnusable(f"{device.name} ({device.title}) does not work: {first}") from None
+        raise DeviceUnusable(f"{device.name} ({device.title}) does not work: {_first_line(error)}") from None
     if not healthy:
         raise DeviceUnusable(f"{device.name} ({device.title}) computes wrong results")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _build() -> str:
+    import torch
+
+    built = f"CUDA {torch.version.cuda}, so look at the driver" if torch.version.cuda else "the CPU"
+    return f"torch {torch.__version__} is built for {built}"
 
 
 def _memory() -> int | None:
