@@ -61,4 +61,4 @@ COPY cli cli
 COPY presets presets
 RUN pip install -qq --constraint constraints.txt '.[worker]'
 USER whetstone
-CMD ["whetstone", "worker", "--device", "auto"]
+CMD ["whetstone", "worker", "--device", "cuda"]

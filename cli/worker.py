@@ -15,7 +15,10 @@ def worker(
     url: remote.Url = None,
     token: remote.Token = None,
     device: Annotated[
-        str, typer.Option(help="auto (a CUDA device of its own, or the CPU), cpu, or cuda:N.", show_default=True)
+        str,
+        typer.Option(
+            help="auto (a CUDA device of its own, or the CPU), cuda (never the CPU), cuda:N, cpu.", show_default=True
+        ),
     ] = "auto",
     name: Annotated[
         str | None,
