@@ -3,11 +3,14 @@
 A secret is compared by its SHA-256 and stands in no log. A cookie speaks for a person who reads; what changes something
 through REST needs a bearer token, so a foreign page that makes a browser send its cookie changes nothing. (The pages'
 own forms accept the cookie, behind their CSRF check.)
+
+A session ends with the token that opened it, or that made the link it was opened by. The session of the link that
+`serve` prints hangs on no token: it lasts seven days or until its browser signs out, so that a restart of the server
+does not sign its owner out.
 """
 
 from __future__ import annotations
 
-import hashlib
 import hmac
 import logging
 import secrets
@@ -15,6 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 from sqlalchemy import Engine
@@ -38,16 +42,25 @@ ONE_TIME_PATH = "/login"
 ONE_TIME_QUERY = "once"
 
 
+@dataclass(frozen=True)
+class Grant:
+    """What a session hangs on: a stored token, a token of this process (its digest), or (neither) only on time."""
+
+    token_id: int | None = None
+    process_token: bytes | None = None
+
+
 class OneTimeLink:
-    """The link that `serve` prints at start: it signs one browser in as admin, once, within `lifetime_s` seconds.
+    """A link that signs one browser in as admin, once, within `lifetime_s` seconds. `serve` prints one at start.
 
     >>> link = OneTimeLink()
     >>> link.redeem(link.secret), link.redeem(link.secret)
     (True, False)
     """
 
-    def __init__(self, lifetime_s: float = 3600.0) -> None:
+    def __init__(self, lifetime_s: float = 3600.0, grant: Grant = Grant()) -> None:
         self.secret = secrets.token_urlsafe(32)
+        self.grant = grant
         self._until = time.monotonic() + lifetime_s
         self._lock = threading.Lock()
         self._used = False
@@ -75,20 +88,19 @@ class Auth:
     ) -> None:
         self.engine = engine
         self._links = deque([one_time] if one_time else [], MAX_LINKS)
-        self._process_tokens = dict(process_tokens)
+        self._process_tokens = {bytes.fromhex(digest): principal for digest, principal in process_tokens.items()}
 
     def bearer(self, secret: str) -> Principal | None:
         """Principal of a bearer token: one of this process, or one that is stored."""
         if not secret or len(secret) > MAX_SECRET or not secret.isascii():
             return None
-        digest = hashlib.sha256(secret.encode()).hexdigest()
-        return self._process_tokens.get(digest) or tokens.authenticate(self.engine, secret)
+        return self._process_tokens.get(tokens.digest(secret)) or tokens.authenticate(self.engine, secret)
 
     def cookie(self, secret: str) -> Principal | None:
         """Principal of a session cookie."""
         if not secret or len(secret) > MAX_SECRET or not secret.isascii():
             return None
-        return tokens.session(self.engine, secret)
+        return tokens.session(self.engine, secret, self._process_tokens)
 
     def principal(self, request: Request, *, cookie: bool = True) -> Principal | None:
         """Whoever `request` comes from. A bearer token that is there and wrong is not rescued by a cookie."""
@@ -100,24 +112,26 @@ class Auth:
 
     def sign_in_once(self, secret: str) -> str | None:
         """Redeem a one-time link: the secret of a fresh admin session, or None."""
-        if not any(link.redeem(secret) for link in tuple(self._links)):
-            return None
-        return tokens.open_session(self.engine, "admin", None, SESSION_DAYS)
+        link = next((link for link in tuple(self._links) if link.redeem(secret)), None)
+        return None if link is None else self._open("admin", link.grant)
 
-    def add_link(self, lifetime_s: float = 600.0) -> OneTimeLink:
-        """One more one-time link, beside the one that `serve` prints; the oldest of many gives way."""
-        link = OneTimeLink(lifetime_s)
+    def add_link(self, principal: Principal, lifetime_s: float = 600.0) -> OneTimeLink:
+        """One more one-time link, in the name of `principal`, an admin; the oldest of many gives way."""
+        link = OneTimeLink(lifetime_s, self._grant(principal))
         self._links.append(link)
         return link
 
     def sign_in(self, secret: str) -> str | None:
         """Exchange a bearer token for a session with its role: the session's secret, or None for an unknown token."""
         principal = self.bearer(secret)
-        if principal is None:
-            return None
-        kind, _, number = principal.id.partition(":")
-        token_id = int(number) if kind == "token" and number.isdecimal() else None
-        return tokens.open_session(self.engine, principal.role, token_id, SESSION_DAYS)
+        return None if principal is None else self._open(principal.role, self._grant(principal))
+
+    def _grant(self, principal: Principal) -> Grant:
+        own = next((digest for digest, known in self._process_tokens.items() if known == principal), None)
+        return Grant(process_token=own) if own is not None else Grant(token_id=int(principal.id.removeprefix("token:")))
+
+    def _open(self, role: str, grant: Grant) -> str:
+        return tokens.open_session(self.engine, role, grant.token_id, SESSION_DAYS, process_token=grant.process_token)
 
     def sign_out(self, secret: str) -> None:
         """End a session. One that is not known is ended already."""

@@ -142,6 +142,7 @@ sessions = sa.Table(
     sa.Column("token_id", sa.ForeignKey("whetstone.tokens.token_id", ondelete="CASCADE")),
     _moment("created_at", default=True),
     _moment("expires_at"),
+    sa.Column("process_token", BYTEA),  # SHA-256 of the server's own token that opened it: it ends with that token
 )
 
 idempotency = sa.Table(

@@ -3,6 +3,7 @@
 Invariant: a secret is shown once, when it is made, and never stored; what is stored is its SHA-256, under which it is
 looked up. (The secrets are 256 random bits: there is nothing to guess, and so nothing for a slow hash to slow down.)
 A revoked or expired one is refused from the next call on, and with a token end the sessions that were opened by it.
+A server may accept tokens that are not stored here; their sessions end where they are no longer accepted.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
+from collections.abc import Container
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal, cast, get_args
@@ -53,11 +55,11 @@ _TOUCH = sa.text("""
 
 _FORGET_OLD_SESSIONS = sa.text("DELETE FROM whetstone.sessions WHERE expires_at < clock_timestamp()")
 _OPEN_SESSION = sa.text("""
-    INSERT INTO whetstone.sessions (sha256, role, token_id, expires_at)
-    VALUES (:sha256, :role, :token_id, clock_timestamp() + make_interval(secs => :seconds))
+    INSERT INTO whetstone.sessions (sha256, role, token_id, process_token, expires_at)
+    VALUES (:sha256, :role, :token_id, :process_token, clock_timestamp() + make_interval(secs => :seconds))
 """)
 _FIND_SESSION = sa.text(f"""
-    SELECT s.role, s.sha256, s.token_id, t.name FROM whetstone.sessions s
+    SELECT s.role, s.sha256, s.token_id, s.process_token, t.name FROM whetstone.sessions s
     LEFT JOIN whetstone.tokens t ON t.token_id = s.token_id
     WHERE s.sha256 = :sha256 AND s.expires_at > clock_timestamp() AND (s.token_id IS NULL OR ({_ALIVE}))
 """)  # noqa: S608
@@ -137,10 +139,13 @@ def authenticate(engine: Engine, secret: str) -> Principal | None:
     return Principal(f"token:{row.token_id}", cast(Role, row.role), row.name)
 
 
-def open_session(engine: Engine, role: str, token_id: int | None, days: float) -> str:
-    """Open a browser's session for so many days and return its secret; with `token_id` it ends with that token.
+def open_session(
+    engine: Engine, role: str, token_id: int | None, days: float, *, process_token: bytes | None = None
+) -> str:
+    """Open a browser's session for so many days and return its secret.
 
-    Raises `Invalid` on an unknown role or a length that is not positive.
+    With `token_id` it ends with that token; with `process_token`, the digest of a token that is not stored, it holds
+    only for servers that accept that one. Raises `Invalid` on an unknown role or a length that is not positive.
     """
     faults = _role_faults(role)
     if not 0 < days <= 3650:
@@ -148,17 +153,26 @@ def open_session(engine: Engine, role: str, token_id: int | None, days: float) -
     if faults:
         raise Invalid(faults, what="the session")
     secret = f"wss_{secrets.token_urlsafe(32)}"
-    values = {"sha256": digest(secret), "role": role, "token_id": token_id, "seconds": days * 86400.0}
+    values = {
+        "sha256": digest(secret),
+        "role": role,
+        "token_id": token_id,
+        "process_token": process_token,
+        "seconds": days * 86400.0,
+    }
     with transaction(engine) as connection:
         connection.execute(_FORGET_OLD_SESSIONS)
         connection.execute(_OPEN_SESSION, values)
     return secret
 
 
-def session(engine: Engine, secret: str) -> Principal | None:
-    """Whose session this is, or None where it is unknown, closed or expired, or its token is."""
+def session(engine: Engine, secret: str, accepted: Container[bytes] = ()) -> Principal | None:
+    """Whose session this is, or None where it is unknown, closed or expired, or its token is.
+
+    `accepted` are the digests of the tokens that the asking server accepts although they are not stored.
+    """
     row = _found(engine, _FIND_SESSION, secret)
-    if row is None:
+    if row is None or (row.process_token is not None and bytes(row.process_token) not in accepted):
         return None
     role = cast(Role, row.role)
     if row.token_id is not None:

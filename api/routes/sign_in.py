@@ -6,7 +6,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 
 from api.auth import auth_of
-from api.routes.base import needs
+from api.routes.base import Who, needs
 from api.routes.base import router as api_router
 from hpo.protocol import Wire
 
@@ -23,6 +23,6 @@ class LoginLink(Wire):
 
 
 @router.post("/login-links", status_code=201, **needs("admin"))
-def make_login_link(request: Request) -> LoginLink:
-    """Make a link that signs one browser in as admin, once, within ten minutes."""
-    return LoginLink(path=auth_of(request).add_link(LINK_LIFETIME_S).path, lifetime_s=LINK_LIFETIME_S)
+def make_login_link(request: Request, who: Who) -> LoginLink:
+    """Make a link that signs one browser in as admin, once, within ten minutes; the session ends with your token."""
+    return LoginLink(path=auth_of(request).add_link(who, LINK_LIFETIME_S).path, lifetime_s=LINK_LIFETIME_S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -152,6 +153,55 @@ def test_the_one_time_link_opens_one_admin_session(module_engine: Engine) -> Non
     session = made.sign_in_once(link.secret)
     assert made.cookie(session).role == "admin"
     assert made.sign_in_once(link.secret) is None
+
+
+def opened(app: FastAPI, path: str) -> tuple[int, TestClient]:
+    """Open a link in a browser of its own; return the answer's status, and the browser."""
+    browser = TestClient(app, follow_redirects=False, headers=SAME | {"accept": "text/html"})
+    return browser.get(path).status_code, browser
+
+
+def test_a_link_that_an_admin_made_opens_once_and_only_in_its_time(
+    client: TestClient, app: FastAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = client.post("/api/v1/login-links", headers=bearer("admin"))
+    assert (made.status_code, made.json()["lifetime_s"]) == (201, 600)
+    status, browser = opened(app, made.json()["path"])
+    assert status == 303
+    assert browser.get("/studies/new").status_code == 200, "an admin's page"
+    assert opened(app, made.json()["path"])[0] == 401
+    late = client.post("/api/v1/login-links", headers=bearer("admin")).json()["path"]
+    now = time.monotonic()
+    monkeypatch.setattr(auth.time, "monotonic", lambda: now + 601)
+    assert opened(app, late)[0] == 401
+
+
+def test_a_session_ends_with_the_token_that_made_its_link(
+    client: TestClient, app: FastAPI, module_engine: Engine
+) -> None:
+    token, secret = tokens.create(module_engine, "leaving", "admin")
+    paths = [
+        client.post("/api/v1/login-links", headers={"Authorization": f"Bearer {secret}"}).json()["path"]
+        for _ in range(2)
+    ]
+    status, browser = opened(app, paths[0])
+    assert (status, browser.get("/").status_code) == (303, 200)
+    tokens.revoke(module_engine, token)
+    assert browser.get("/").status_code == 303, "sent to sign in"
+    assert opened(app, paths[1])[1].get("/").status_code == 303, "and a link that lay about opens nothing"
+
+
+def test_a_session_ends_with_the_servers_own_token_that_opened_it(module_engine: Engine) -> None:
+    before = make_app(module_engine, one_time=auth.OneTimeLink()).state.auth
+    me = before.bearer(SECRETS["admin"])
+    assert me is not None
+    sessions = [before.sign_in(SECRETS["admin"]), before.sign_in_once(before.add_link(me).secret)]
+    own = before.sign_in_once(before._links[0].secret)
+    restarted = make_app(module_engine).state.auth
+    assert [restarted.cookie(session).role for session in sessions] == ["admin", "admin"], "it has the same token"
+    rotated = auth.Auth(module_engine, {})
+    assert [rotated.cookie(session) for session in sessions] == [None, None]
+    assert rotated.cookie(own).role == "admin", "the link that serve prints hangs on no token"
 
 
 def test_a_one_time_link_that_was_left_lying_is_dead() -> None:
