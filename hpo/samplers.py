@@ -18,7 +18,6 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import (
     BaseSampler,
-    CmaEsSampler,
     GPSampler,
     QMCSampler,
     RandomSampler,
@@ -26,6 +25,7 @@ from optuna.samplers import (
 )
 from optuna.trial import FrozenTrial, TrialState
 
+from hpo.cma_state import CarefulCmaEsSampler
 from hpo.history import Entry, Snapshot, View, copy_of
 from hpo.space import SearchSpace
 from hpo.spec import Choice, StudySpec
@@ -62,7 +62,7 @@ def build(sampler: Choice, *, study_seed: int, seed: int) -> BaseSampler:
     if sampler.name == "cmaes":
         # Choices are beyond CMA-ES: TPE picks each of them by itself, where random would learn nothing.
         alone = TPESampler(seed=seed, multivariate=False)
-        return CmaEsSampler(seed=seed, independent_sampler=alone, warn_independent_sampling=False, **options)
+        return CarefulCmaEsSampler(seed=seed, independent_sampler=alone, warn_independent_sampling=False, **options)
     if sampler.name == "qmc":
         chance = RandomSampler(seed=seed)
         return QMCSampler(

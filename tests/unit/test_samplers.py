@@ -6,10 +6,12 @@ import dataclasses
 import importlib.util
 import json
 import math
+import pickle
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -214,6 +216,29 @@ def test_cmaes_moves_on_through_the_attributes_alone() -> None:
             del entry.trial.system_attrs[key]
     study.entries = [entry_of(entry.trial).checked_by(study.spec.space) for entry in study.entries]
     assert study.ask().trial_system_attrs["cma:generation"] == 0, "without them it begins anew"
+
+
+class Harm:
+    """Whoever unpickles this makes the file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.file,)
+
+
+def test_what_stands_in_the_database_as_the_state_of_cmaes_runs_no_code(tmp_path: Path) -> None:
+    study = Study(spec_of("cmaes"))
+    study.play(bowl, 3)
+    marks = study.entries[-1].trial.system_attrs
+    for key in [key for key in marks if key.startswith("cma:optimizer")]:
+        del marks[key]
+    marks["cma:optimizer:0"] = pickle.dumps(Harm(tmp_path / "harm")).hex()
+    study.entries[-1] = entry_of(study.entries[-1].trial).checked_by(study.spec.space)
+    with pytest.raises(pickle.UnpicklingError, match="none: pathlib"):
+        study.ask()
+    assert not (tmp_path / "harm").exists()
 
 
 @pytest.mark.parametrize(
