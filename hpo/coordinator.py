@@ -157,9 +157,9 @@ class Coordinator:
         return points.cancel(self._desk, study, n)
 
     @_counted
-    def requeue_trial(self, study: int, n: int) -> TrialView:
+    def requeue_trial(self, study: int, n: int, once: Once | None = None) -> TrialView:
         """Queue the point of a failed, cancelled, pruned or infeasible trial as a new trial, which is returned."""
-        return points.requeue(self._desk, study, n)
+        return points.requeue(self._desk, study, n, once)
 
     @_counted
     def best(self, study: int, top: int = 10) -> list[TrialView]:

@@ -93,32 +93,38 @@ def cancel(desk: Desk, study: int, number: int) -> TrialView:
         return view
 
 
-def requeue(desk: Desk, study: int, number: int) -> TrialView:
+def requeue(desk: Desk, study: int, number: int, once: Once | None = None) -> TrialView:
     """Queue the point of a failed, cancelled, pruned or infeasible trial once more, as a new trial; return that one.
 
     Raises:
         NotFound: there is no such study or trial.
         Conflict: the trial is in another state, is being repeated already, or its study leases nothing.
+        KeyReused: the idempotency key came with another body.
     """
     with desk.transaction() as conn:
         known = desk.known(conn, study)
-        row = lock(conn, study)
-        trial_id = trials.find(conn, study, number)
-        conn.execute(statements.LOCK_TRIAL, {"trial_id": trial_id})
-        stored = conn.execute(statements.TRIAL_ROWS, {"trial_ids": [trial_id]}).one()
-        if stored.state not in ("failed", "cancelled", "pruned", "infeasible"):
-            raise Conflict(
-                f"trial {number} is {stored.state}: only a failed, cancelled, pruned or infeasible one is tried again"
-            )
-        again = conn.execute(REPEATED, {"study": study, "number": str(number)}).scalar()
-        if again is not None:
-            raise Conflict(f"trial {again} is trying trial {number} again already")
-        _refuse_if_over(row)
-        flat = trials.flat_params(known, stored)
-        new = writing.queue(conn, study, flat, reason=f"trial {number} once more", again=number)
-        events.notify(conn, "work", study)
-        events.notify(conn, "trial", study)
-        return trials.view_of(conn, known, new)
+        return guard(conn, once, TrialView, lambda: _requeue(conn, known, number))
+
+
+def _requeue(conn: sa.Connection, known: Known, number: int) -> TrialView:
+    study = known.study
+    row = lock(conn, study)
+    trial_id = trials.find(conn, study, number)
+    conn.execute(statements.LOCK_TRIAL, {"trial_id": trial_id})
+    stored = conn.execute(statements.TRIAL_ROWS, {"trial_ids": [trial_id]}).one()
+    if stored.state not in ("failed", "cancelled", "pruned", "infeasible"):
+        raise Conflict(
+            f"trial {number} is {stored.state}: only a failed, cancelled, pruned or infeasible one is tried again"
+        )
+    again = conn.execute(REPEATED, {"study": study, "number": str(number)}).scalar()
+    if again is not None:
+        raise Conflict(f"trial {again} is trying trial {number} again already")
+    _refuse_if_over(row)
+    flat = trials.flat_params(known, stored)
+    new = writing.queue(conn, study, flat, reason=f"trial {number} once more", again=number)
+    events.notify(conn, "work", study)
+    events.notify(conn, "trial", study)
+    return trials.view_of(conn, known, new)
 
 
 def _refuse_if_over(row: Any) -> None:

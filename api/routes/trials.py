@@ -54,9 +54,9 @@ def cancel_trial(study: StudyId, n: TrialNumber, hpo: Hpo) -> TrialView:
 
 
 @router.post("/studies/{study}/trials/{n}/requeue", **needs("admin", 404, 409))
-def requeue_trial(study: StudyId, n: TrialNumber, hpo: Hpo) -> TrialView:
-    """Queue a trial again that failed or was cancelled."""
-    return hpo.requeue_trial(study, n)
+def requeue_trial(study: StudyId, n: TrialNumber, hpo: Hpo, once: OnceOnly) -> TrialView:
+    """Queue the point of a trial that failed, was cancelled, pruned or infeasible again, as a new trial."""
+    return hpo.requeue_trial(study, n, once)
 
 
 @router.post("/studies/{study}/ask", status_code=201, **needs("worker", 400, 404, 409, 413, 415))

@@ -124,6 +124,21 @@ def test_the_same_key_and_body_get_the_same_answer_and_another_body_is_refused(c
     assert fresh.json() != first.json()
 
 
+def test_a_requeue_sent_twice_queues_one_trial(client: TestClient) -> None:
+    study = launched(client)
+    for number in (0, 1):
+        client.post(f"studies/{study}/trials", json={"params": {"x": 1.0 + number, "y": 1.0}})
+        client.post(f"studies/{study}/trials/{number}/cancel")
+    key = {"Idempotency-Key": "again"}
+    first = client.post(f"studies/{study}/trials/0/requeue", headers=key)
+    assert (first.status_code, first.json()["trial"]) == (200, 2)
+    client.post(f"studies/{study}/trials/2/cancel")
+    again = client.post(f"studies/{study}/trials/0/requeue", headers=key)
+    assert (again.status_code, again.json()) == (200, first.json()), "not a fourth trial, although trial 2 has ended"
+    assert client.post(f"studies/{study}/trials/1/requeue", headers=key).json()["trial"] == 3, "another address"
+    assert client.post(f"studies/{study}/trials/0/requeue").json()["trial"] == 4
+
+
 def test_a_key_belongs_to_its_token_and_its_address(client: TestClient) -> None:
     one, two = launched(client, **EXTERNAL), launched(client, **EXTERNAL | {"name": "two"})
     key = {"Idempotency-Key": "k"}
