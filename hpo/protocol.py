@@ -23,6 +23,8 @@ MAX_WAIT_S = 20.0
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}$"
 WorkerName = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 Text = Annotated[str, StringConstraints(max_length=500)]
+FencingToken = Annotated[int, Field(ge=0, lt=2**63)]
+"""Of one lease; a later lease of the same trial has a larger one. PostgreSQL cannot compare more than 64 bits."""
 LongText = Annotated[str, StringConstraints(max_length=20_000)]
 
 
@@ -79,7 +81,7 @@ class Lease(Wire):
     """A trial in a worker's hands, until `term_s` seconds pass without a report."""
 
     lease: int
-    token: int
+    token: FencingToken
     study: int
     study_name: str
     trial: int
@@ -110,7 +112,7 @@ class EpochReport(Wire):
 class ReportRequest(Wire):
     """Progress and heartbeat in one: an empty `reports` only renews the lease."""
 
-    token: int
+    token: FencingToken
     reports: list[EpochReport] = Field(default_factory=list, max_length=1000)
     checkpoint_epoch: int | None = Field(default=None, ge=0, le=2_000_000_000)
     """Epochs that the newest checkpoint on disk holds; null when there is none yet."""
@@ -136,7 +138,7 @@ Outcome = Literal["complete", "infeasible", "pruned", "failed"]
 class TellRequest(Wire):
     """The outcome of a trial. `value` is required for complete; for infeasible it is the chance level, where known."""
 
-    token: int
+    token: FencingToken
     outcome: Outcome
     value: FiniteFloat | None = None
     reason: LongText = ""
@@ -157,6 +159,6 @@ ReleaseReason = Literal["shutdown", "stopped", "drained", "stalled"]
 class ReleaseRequest(Wire):
     """A worker hands its trial back unfinished. "stalled" counts as a death, the others do not."""
 
-    token: int
+    token: FencingToken
     reason: ReleaseReason
     checkpoint_epoch: int | None = Field(default=None, ge=0, le=2_000_000_000)

@@ -224,10 +224,12 @@ def test_an_idempotency_key_is_short_printable_ascii(client: TestClient, path: s
 
 @pytest.mark.parametrize("call", ["report", "tell", "release"])
 @pytest.mark.parametrize("token", ["9223372036854775808", "-1", -1])
-def test_a_token_that_was_never_given_out_is_a_lost_lease(client: TestClient, call: str, token: object) -> None:
+def test_a_token_that_can_be_no_leases_is_refused_before_the_database(
+    client: TestClient, call: str, token: object
+) -> None:
     more = {"report": {}, "tell": {"outcome": "complete", "value": 1.0}, "release": {"reason": "shutdown"}}[call]
     answer = client.post(f"/api/v1/leases/1/{call}", json={"token": token} | more)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "lease_lost")
+    assert (answer.status_code, [each["at"] for each in answer.json()["error"]["details"]]) == (422, ["token"])
 
 
 def test_nan_in_a_spec_is_named_beside_its_other_faults(client: TestClient) -> None:
