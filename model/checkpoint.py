@@ -55,6 +55,8 @@ class State:
     """The metrics of each finished epoch."""
     tensors: Mapping[str, Tensor] = field(repr=False)
     """net.LAYER.weight, momentum.LAYER.weight, ..., generator, loss_sum."""
+    data: str = ""
+    """The data set that it was trained on, by name, whatever the config left open; "" where it was not noted."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class Best:
     metrics: Mapping[str, float]
     weights: Mapping[str, Tensor] = field(repr=False)
     """LAYER.weight and LAYER.bias."""
+    data: str = ""
+    """As in `State`."""
 
 
 class Checkpoints:
@@ -78,6 +82,7 @@ class Checkpoints:
         """Replace `last`. Raises OSError where the disk does not take it; the old one stands then."""
         document = {
             "config": state.config.document(),
+            "data": state.data,
             "epoch": state.epoch,
             "step": state.step,
             "seconds": state.seconds,
@@ -91,8 +96,8 @@ class Checkpoints:
 
     def save_best(self, best: Best) -> None:
         """Replace `best`."""
-        document = {"config": best.config.document(), "epoch": best.epoch, "metrics": dict(best.metrics)}
-        self._write("best", document, best.weights)
+        about = {"config": best.config.document(), "data": best.data}
+        self._write("best", {**about, "epoch": best.epoch, "metrics": dict(best.metrics)}, best.weights)
 
     def load_last(self) -> tuple[State | None, str]:
         """The state to go on from, or None and why there is none ("" where nothing was ever saved). Never raises."""
@@ -124,6 +129,7 @@ class Checkpoints:
             tied_at=None if document.get("tied_at") is None else _count(document, "tied_at", at),
             history=tuple(_metrics(metrics, at) for metrics in history),
             tensors=tensors,
+            data=_data(document, at),
         )
 
     def read_best(self) -> Best:
@@ -131,7 +137,7 @@ class Checkpoints:
         document, weights = self._read("best")
         at = self.folder / "best.json"
         metrics = _metrics(document.get("metrics"), at)
-        return Best(_config(document, at), _count(document, "epoch", at), metrics, weights)
+        return Best(_config(document, at), _count(document, "epoch", at), metrics, weights, _data(document, at))
 
     def best_epoch(self) -> int | None:
         """The epoch that `best` is of, from its JSON alone; None where there is none, or none that can be read."""
@@ -325,6 +331,13 @@ def _config(document: Mapping[str, Any], path: Path) -> TrainConfig:
         return config(**recipe)
     except Refused as fault:
         raise _damaged(path, f"its config has faults: {fault}") from fault
+
+
+def _data(document: Mapping[str, Any], path: Path) -> str:
+    name = document.get("data", "")
+    if not isinstance(name, str):
+        raise _damaged(path, "data is no name")
+    return name
 
 
 def _count(document: Mapping[str, Any], key: str, path: Path) -> int:

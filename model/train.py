@@ -261,7 +261,7 @@ class _Run:
         if self.best_value is None or metrics["accuracy"] > self.best_value:
             self.best_epoch, self.best_value = epoch, metrics["accuracy"]
             if self.store:
-                self.store.save_best(Best(self.config, epoch, metrics, self.net.state_dict()))
+                self.store.save_best(Best(self.config, epoch, metrics, self.net.state_dict(), self.data.name))
         self.history.append(metrics)
         self.epoch, self.step, self.epoch_seconds = epoch + 1, 0, 0.0
         self.loss_sum.zero_()
@@ -303,6 +303,7 @@ class _Run:
                 tied_at=self.health.tied_at,
                 history=tuple(self.history),
                 tensors=tensors,
+                data=self.data.name,
             )
         )
         self.saved_at = time.monotonic()
@@ -339,6 +340,8 @@ class _Run:
         other = _essence(state.config)
         if other != _essence(self.config):
             return "starting over, for the checkpoint is of another run: its hyperparameters, settings or seed differ"
+        if state.data not in ("", self.data.name):
+            return f"starting over, for the checkpoint was trained on {state.data} and this run has {self.data.name}"
         want: dict[str, Any] = {"generator": self.generator.get_state(), "loss_sum": self.loss_sum}
         want |= {f"net.{name}": parameter for name, parameter in self.net.named_parameters()}
         momenta = {f"momentum.{name}": parameter for name, parameter in self.net.named_parameters()}

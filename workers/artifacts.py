@@ -9,6 +9,7 @@ checkpoint counts (`on_kept`) once it is where another worker can find it.
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import os
 import re
@@ -16,6 +17,7 @@ import shutil
 import threading
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -56,6 +58,12 @@ class Place(Protocol):
 
     def fetch(self, name: str) -> Path | None:
         """A local folder with what the earlier attempt `name` left, or None. Raises UnsafeName, OSError."""
+
+    def agree(self, name: str, choice: str) -> str:
+        """Make `choice` the one that stands in the JSON file `name` below the root, unless an earlier one does.
+
+        Returns what stands there. Raises UnsafeName, OSError.
+        """
 
     def saved(self, kind: str, epoch: int) -> None:
         """A checkpoint ("last" or "best") of `epoch` whole epochs was just written to `path`."""
@@ -118,6 +126,18 @@ class _Directory:
         folder = self._below(checked(name))
         return folder if folder.is_dir() else None
 
+    def agree(self, name: str, choice: str) -> str:
+        path = self._below(checked(name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unborn = path.with_name(f".{path.stem}-{uuid.uuid4().hex}.tmp")
+        unborn.write_text(json.dumps(choice))
+        try:
+            with suppress(FileExistsError):
+                os.link(unborn, path)  # whole or not at all, and only one of all workers'
+        finally:
+            unborn.unlink()
+        return _choice(path.read_bytes(), choice)
+
     def saved(self, kind: str, epoch: int) -> None:
         if kind == "last":
             self._on_kept(epoch)
@@ -161,6 +181,13 @@ class _Uploaded:
             if file.endswith(SUFFIXES):
                 self._fs.get_file(f"{source}/{file}", str(earlier / file))
         return earlier
+
+    def agree(self, name: str, choice: str) -> str:
+        """Workers that begin a study within the same moment may disagree once: not every store has a first writer."""
+        path = f"{self._base}/{checked(name)}"
+        if not self._fs.exists(path):
+            self._fs.pipe_file(path, json.dumps(choice).encode())
+        return _choice(self._fs.cat_file(path), choice)
 
     def saved(self, kind: str, epoch: int) -> None:
         self._count += 1
@@ -261,6 +288,15 @@ def _own_scratch(scratch: Path) -> tuple[Path, Any]:
     fcntl.flock(held, fcntl.LOCK_EX)
     unborn.rename(scratch / f"{name}.lock")
     return scratch / name, held
+
+
+def _choice(content: bytes, ours: str) -> str:
+    """What stands there, or our own where that is no choice."""
+    try:
+        found = json.loads(content)
+    except ValueError:
+        return ours
+    return found if isinstance(found, str) else ours
 
 
 def _line(error: BaseException) -> str:

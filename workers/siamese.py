@@ -121,7 +121,7 @@ class Siamese:
         report: Callable[[EpochReport], Verdict],
         interrupt: Callable[[], bool],
     ) -> Ended:
-        data = self._dataset(recipe.data, recipe.net.input)
+        data = self._agreed(lease, place, recipe.data, recipe.net.input)
         store = _Kept(place)
         if lease.resume is not None:
             self._resume(lease, lease.resume, place, store)
@@ -135,6 +135,20 @@ class Siamese:
         if result.outcome == "infeasible":
             value = 1.0 / recipe.way
         return Ended(result.outcome, value, result.best_epoch, result.reason or "")
+
+    def _agreed(self, lease: Lease, place: Place, source: str, size: int) -> Dataset:
+        """The data set of this study. Where it leaves the choice open, the one that its first trial had: values of
+        trials on different ones do not compare, so a worker that has not got it leaves (MachineUnfit).
+        """
+        data = self._dataset(source, size)
+        if source != "auto":
+            return data
+        note = f"studies/{lease.study}/data.json"
+        chosen = place.agree(note, data.name)
+        if chosen == data.name or chosen not in ("omniglot", "strokes"):
+            return data
+        log.warning("study %r began on %s (%s): so does this trial", lease.study_name, chosen, note)
+        return self._dataset(chosen, size)
 
     def _dataset(self, source: str, size: int) -> Dataset:
         """The data set on our device; the last few stay loaded."""

@@ -295,7 +295,7 @@ def test_max_seconds_end_a_run_with_what_it_has(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path).read_best().epoch == 0
 
 
-@pytest.mark.parametrize("damage", ["half", "tensor", "other run", "contradiction"])
+@pytest.mark.parametrize("damage", ["half", "tensor", "other run", "other data", "contradiction"])
 def test_a_checkpoint_that_cannot_be_used_is_told_of_and_the_run_starts_over(tmp_path: Path, damage: str) -> None:
     whole, heard, _ = unbroken(tmp_path / "whole")
     store = Checkpoints(tmp_path / "broken")
@@ -306,6 +306,9 @@ def test_a_checkpoint_that_cannot_be_used_is_told_of_and_the_run_starts_over(tmp
     elif damage == "tensor":
         tensors = {**state.tensors, "net.fc.weight": torch.zeros(2, 2)}
         store.save_last(State(**{**vars(state), "tensors": tensors}))
+    elif damage == "other data":
+        assert state.data == DATA.name
+        store.save_last(State(**{**vars(state), "data": "omniglot"}))
     elif damage == "contradiction":
         store.save_last(State(**{**vars(state), "epoch": 2}))
     listener = Listener()

@@ -6,6 +6,7 @@ import json
 import threading
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -101,6 +102,29 @@ def test_an_earlier_attempt_is_found_where_it_was_left(tmp_path: Path, memory: s
         assert (earlier / "last.safetensors").read_text() == "state of attempt 1"
         assert second.fetch("studies/1/trials/3/attempts/99") is None
         second.close()
+
+
+def test_the_first_choice_stands_for_all_workers(tmp_path: Path, memory: str) -> None:
+    for root in (str(tmp_path / "root"), memory):
+        places = [Artifacts(root, tmp_path / f"s{n}").open(NAME, lambda epoch: None) for n in range(2)]
+        assert places[0].agree("studies/1/data.json", "strokes") == "strokes"
+        assert places[1].agree("studies/1/data.json", "omniglot") == "strokes"
+        assert places[1].agree("studies/2/data.json", "omniglot") == "omniglot"
+        with pytest.raises(UnsafeName):
+            places[0].agree("../data.json", "omniglot")
+        for place in places:
+            place.close()
+    assert [path.name for path in (tmp_path / "root/studies/1").glob("*.*")] == ["data.json"]
+    (tmp_path / "root/studies/1/data.json").write_text("[")
+    place = Artifacts(tmp_path / "root", tmp_path).open(NAME, lambda epoch: None)
+    assert place.agree("studies/1/data.json", "omniglot") == "omniglot", "what is no choice binds nobody"
+
+
+def test_of_many_first_choices_one_stands(tmp_path: Path) -> None:
+    places = [Artifacts(tmp_path / "root", tmp_path).open(NAME, lambda epoch: None) for _ in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        chosen = set(pool.map(lambda n: places[n].agree("studies/1/data.json", f"choice {n}"), range(8)))
+    assert len(chosen) == 1
 
 
 def test_at_a_url_a_checkpoint_counts_once_it_is_there(tmp_path: Path, memory: str) -> None:

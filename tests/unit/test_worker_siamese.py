@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import resource
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 
 from hpo.protocol import EpochReport, Lease, Verdict
 from model.checkpoint import Checkpoints
+from model.drawings import DataError, Dataset
+from model.strokes import SMALL, generate
 from tests.unit.worker_server import a_lease
 from workers.artifacts import Artifacts, Place
 from workers.device import cpu
@@ -65,7 +68,8 @@ class Heard:
 
 def lease(attempt: int = 1, resume: int | None = None, **settings: Any) -> Lease:
     before = None if resume is None else f"studies/1/trials/3/attempts/{resume}"
-    return a_lease(params=PARAMS, settings=SETTINGS | settings, attempt=attempt, resume=before)
+    here = f"studies/1/trials/3/attempts/{attempt}"
+    return a_lease(params=PARAMS, settings=SETTINGS | settings, attempt=attempt, resume=before, artifacts=here)
 
 
 def never() -> bool:
@@ -191,6 +195,37 @@ def test_a_study_that_asks_more_than_whole_data_can_give_fails_its_trial_and_spa
     ended = train(siamese, tmp_path, Heard(), lease(way=46))
     assert ended.outcome == "failed"
     assert "no alphabet has 46 characters" in ended.reason
+
+
+@pytest.mark.parametrize("first", ["strokes", "omniglot"])
+def test_a_study_is_trained_on_the_data_its_first_trial_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    """With `data: auto` a worker that has Omniglot follows one that had not; the other way round it leaves."""
+    strokes_only = generate(28, shape=SMALL)
+    has: list[str] = [first]
+
+    def load(size: int, *, source: str, **_: Any) -> Dataset:
+        if source == "omniglot" and "omniglot" not in has:
+            raise DataError("no Omniglot here: run `whetstone data fetch`")
+        asked.append(source)
+        return replace(strokes_only, name=has[0] if source == "auto" else source)
+
+    asked: list[str] = []
+    monkeypatch.setattr("workers.siamese.load", load)
+    one, other = (Siamese(cpu(), data_root=None, home=tmp_path) for _ in range(2))
+    assert train(one, tmp_path, Heard(), lease(data="auto")).outcome == "complete"
+    has[0] = "omniglot" if first == "strokes" else "strokes"
+    again = lease(2, data="auto")
+    if first == "strokes":
+        assert train(other, tmp_path, Heard(), again).outcome == "complete"
+        assert asked == ["auto", "auto", "strokes"]
+        assert Checkpoints(tmp_path / again.artifacts).read_best().data == "strokes"
+    else:
+        with pytest.raises(MachineUnfit, match="whetstone data fetch"):
+            train(other, tmp_path, Heard(), again)
+    elsewhere = again.model_copy(update={"study": 2})
+    assert train(other, tmp_path, Heard(), elsewhere).outcome == "complete", "another study chooses anew"
 
 
 def test_a_disk_that_takes_no_checkpoint_is_the_machines_fault(siamese: Siamese, tmp_path: Path) -> None:
