@@ -71,6 +71,25 @@ _INSERT_TRIAL = sa.text("""
     SELECT trial_id, number FROM trial
 """)
 
+# Many trials that only wait, in order, each with attributes of its own (`of` says which trial an attribute is of).
+_INSERT_WAITING = sa.text("""
+    WITH trial AS (
+        INSERT INTO public.trials (study_id, number, state)
+        SELECT :study, first.number + place, 'WAITING'
+        FROM (SELECT coalesce(max(number) + 1, 0) AS number FROM public.trials WHERE study_id = :study) AS first,
+            generate_series(0, :count - 1) AS place
+        ORDER BY place RETURNING trial_id, number
+    ),
+    attributes AS (
+        INSERT INTO public.trial_system_attributes (trial_id, key, value_json)
+        SELECT trial.trial_id, a.key, a.value
+        FROM (SELECT trial_id, row_number() OVER (ORDER BY number) - 1 AS place FROM trial) AS trial
+        JOIN unnest(CAST(:of AS integer[]), CAST(:keys AS text[]), CAST(:texts AS text[])) AS a (of, key, value)
+            ON a.of = trial.place
+    )
+    SELECT trial_id FROM trial ORDER BY number
+""")
+
 # The end of a trial, if it has not ended yet: its state, values and attributes at once, or nothing at all.
 _FINISH_TRIAL = sa.text("""
     WITH trial AS (
@@ -93,6 +112,18 @@ _FINISH_TRIAL = sa.text("""
         ON CONFLICT (trial_id, key) DO UPDATE SET value_json = excluded.value_json
     )
     SELECT trial_id FROM trial
+""")
+
+# The end of many trials without values, of those that have not ended yet.
+_FAIL_TRIALS = sa.text("""
+    WITH trial AS (
+        UPDATE public.trials SET state = 'FAIL', datetime_complete = clock_timestamp() AT TIME ZONE 'UTC'
+        WHERE trial_id = ANY(CAST(:ids AS integer[])) AND state IN ('RUNNING', 'WAITING') RETURNING trial_id
+    )
+    INSERT INTO public.trial_system_attributes (trial_id, key, value_json)
+    SELECT trial_id, a.key, a.value
+    FROM trial, unnest(CAST(:system_keys AS text[]), CAST(:system_values AS text[])) AS a (key, value)
+    ON CONFLICT (trial_id, key) DO UPDATE SET value_json = excluded.value_json
 """)
 
 # Between two states that are not finished: queued, leased, queued again. The start is that of the last lease.
@@ -211,6 +242,28 @@ def insert_trial(
         },
     ).one()
     return row.trial_id, row.number
+
+
+def insert_waiting(conn: Connection, study_id: int, marks: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Add a waiting trial for each of `marks`, its system attributes, in order; returns their ids.
+
+    Two statements, however many they are. Raises KeyError when there is no such study.
+    """
+    lock_study(conn, study_id)
+    flat = [(place, key, json.dumps(value)) for place, each in enumerate(marks) for key, value in each.items()]
+    of, keys, texts = ([item[part] for item in flat] for part in range(3))
+    found = conn.execute(
+        _INSERT_WAITING, {"study": study_id, "count": len(marks), "of": of, "keys": keys, "texts": texts}
+    )
+    return list(found.scalars())
+
+
+def fail_trials(conn: Connection, trial_ids: Sequence[int], system_attrs: Mapping[str, Any]) -> None:
+    """End these trials as failed, all with these attributes, in one statement; those that have ended stay as they are.
+
+    The caller holds their rows: taken here, they would be locked in whatever order the server finds them.
+    """
+    conn.execute(_FAIL_TRIALS, {"ids": list(trial_ids), **_attributes("system", system_attrs)})
 
 
 def finish_trial(

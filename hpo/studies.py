@@ -111,8 +111,7 @@ def _create(desk: Desk, conn: sa.Connection, spec: StudySpec) -> StudyView:
         "notes": spec.notes,
     }
     conn.execute(INSERT, row)
-    for point in spec.points:
-        writing.queue(conn, study, point)
+    writing.queue_all(conn, study, spec.points)
     events.notify(conn, "study", study)
     events.notify(conn, "work", study)
     # Nothing may be remembered of a study that could still be rolled back.
@@ -214,8 +213,7 @@ def _move(conn: sa.Connection, row: Any, state: str, wanted: str) -> None:
 def stop(conn: sa.Connection, study: int) -> None:
     """Cancel what is queued and ask what is running to stop. The caller holds the study's lock and sets its state."""
     why = "the study was stopped"
-    for trial_id in conn.execute(QUEUED, {"study": study}).scalars().all():
-        writing.cancel(conn, trial_id, why)
+    writing.cancel_all(conn, conn.execute(QUEUED, {"study": study}).scalars().all(), why)
     conn.execute(ASK_TO_STOP, {"study": study, "why": why})
 
 

@@ -7,7 +7,7 @@ opened again: stock readers remember it as finished.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -35,12 +35,21 @@ def queue(
     conn: sa.Connection, study: int, flat: Mapping[str, Value], *, reason: str = "", again: int | None = None
 ) -> int:
     """Queue a point, whole or partial; return its trial id. `again` is the number of the trial that it repeats."""
-    marks: dict[str, Any] = {ORIGIN: "queued", FIXED: dict(flat)}
+    marks = _waits(flat)
     if reason:
         marks[REASON] = storable(reason)
     if again is not None:
         marks[AGAIN] = again
-    return rows.insert_trial(conn, study, TrialState.WAITING, system_attrs=marks)[0]
+    return rows.insert_waiting(conn, study, [marks])[0]
+
+
+def queue_all(conn: sa.Connection, study: int, points: Sequence[Mapping[str, Value]]) -> None:
+    """Queue points in their order, at the price of one."""
+    rows.insert_waiting(conn, study, [_waits(flat) for flat in points])
+
+
+def _waits(flat: Mapping[str, Value]) -> dict[str, Any]:
+    return {ORIGIN: "queued", FIXED: dict(flat)}
 
 
 def record(
@@ -63,6 +72,11 @@ def cancel(conn: sa.Connection, trial_id: int, why: str) -> bool:
     """End an unfinished trial as cancelled; False if it had ended."""
     marks = {CANCELLED: True, REASON: storable(why)}
     return rows.finish_trial(conn, trial_id, TrialState.FAIL, system_attrs=marks)
+
+
+def cancel_all(conn: sa.Connection, trial_ids: Sequence[int], why: str) -> None:
+    """End unfinished trials, whose rows the caller holds, as cancelled."""
+    rows.fail_trials(conn, trial_ids, {CANCELLED: True, REASON: storable(why)})
 
 
 def fail(conn: sa.Connection, trial_id: int, why: str) -> bool:

@@ -69,6 +69,26 @@ def test_a_bad_document_is_refused_whole(engine: sa.Engine) -> None:
         assert conn.execute(sa.text("SELECT count(*) FROM public.studies")).scalar_one() == 0
 
 
+def test_a_thousand_points_are_queued_and_cancelled_at_the_price_of_one(engine: sa.Engine) -> None:
+    desk = coordinator(engine)
+    statements: list[str] = []
+    sa.event.listen(engine, "before_cursor_execute", lambda *args: statements.append(args[2]))
+    made = desk.create_study(study(points=[point(n / 1000) for n in range(1000)]))
+    desk.patch_study(desk.create_study(study("other", points=[{"x": 0.5}])).study, {"state": "paused"})
+    assert len(statements) < 60, "not one by one"
+    assert made.counts["queued"] == 1000
+    queued = desk.list_trials(made.study, limit=1000).items
+    assert [(trial.trial, trial.params["x"]) for trial in queued] == [(n, n / 1000) for n in range(1000)]
+    assert [must_claim(desk).trial, must_claim(desk).trial] == [0, 1]
+    statements.clear()
+    stopped = desk.patch_study(made.study, {"state": "stopped"})
+    assert len(statements) < 40
+    assert (stopped.counts["cancelled"], stopped.counts["leased"], stopped.counts["queued"]) == (998, 2, 0)
+    assert {trial.reason for trial in desk.list_trials(made.study, state="cancelled").items} == {
+        "the study was stopped"
+    }
+
+
 def test_of_two_studies_of_one_name_at_once_one_is_launched(engine: sa.Engine) -> None:
     desk = coordinator(engine)
     results = together(*[lambda: desk.create_study(study())] * 4)
