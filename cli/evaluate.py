@@ -12,6 +12,7 @@ import typer
 
 from cli import output, scoring, settings
 from cli.remote import Json
+from cli.train import usable
 from hpo.errors import Fault, Invalid
 
 
@@ -24,7 +25,7 @@ def evaluate(
     test: Annotated[
         bool, typer.Option("--test", help="Lake's 400 official trials instead: once, at the very end.")
     ] = False,
-    device: Annotated[str, typer.Option(help="cpu or cuda:0.")] = "cpu",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "cpu",
     json: Json = False,
 ) -> None:
     """Score a checkpoint on validation tasks it has not seen, beside 1-nearest neighbour and chance."""
@@ -34,6 +35,7 @@ def evaluate(
     if data not in ("auto", "omniglot", "strokes"):
         raise Invalid([Fault("--data", "must be auto, omniglot or strokes")], "the command")
     chosen = settings.load()
+    device = usable(device)
     net, config, metrics = evaluation.load(checkpoint, device)
     if test:
         drawings, episodes = episode.lake_runs(chosen.data_root, config.net.input)

@@ -20,15 +20,25 @@ def read_document(path: Path) -> dict[str, Any]:
     """A study's document from a YAML or JSON file (`-` for standard input). Raises `Invalid`."""
     try:
         text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
-        document = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}" if mark else ""
-        fault = getattr(error, "problem", None) or "it cannot be read as YAML"
-        raise Invalid([Fault(where, str(fault))], str(path)) from None
+    except UnicodeDecodeError:
+        raise Invalid([Fault("", "it is not text in UTF-8")], str(path)) from None
+    document = parse_yaml(text, str(path))
     if not isinstance(document, dict):
         raise Invalid([Fault("", "a study is a mapping with name, space, budget, ...")], str(path))
     return document
+
+
+def parse_yaml(text: str, what: str, at: str = "") -> Any:
+    """YAML or JSON. Raises `Invalid` with the line that is at fault."""
+    from model import recipe
+
+    try:
+        return recipe.parse(text)
+    except recipe.YAML_FAULTS as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"line {mark.line + 1}" if mark else ""
+        fault = getattr(error, "problem", None) or "it cannot be read as YAML"
+        raise Invalid([Fault(at or line, str(fault))], what) from None
 
 
 def _assign(pairs: list[str]) -> dict[str, Any]:
@@ -42,7 +52,9 @@ def _assign(pairs: list[str]) -> dict[str, Any]:
         *parents, last = path.split(".")
         for parent in parents:
             place = place.setdefault(parent, {})
-        place[last] = yaml.safe_load(text)
+            if not isinstance(place, dict):
+                raise Invalid([Fault(path, f"{parent} was set to one value before")], "--set")
+        place[last] = parse_yaml(text, "--set", path)
     return overrides
 
 

@@ -15,6 +15,15 @@ from cli.remote import Json
 OUTCOME_CODE = {"complete": 0, "infeasible": 1, "stopped": 130}
 
 
+def usable(device: str) -> str:
+    """The device's name for torch, tried out. Raises `DeviceUnusable`."""
+    from workers.device import candidates, probe
+
+    chosen = candidates(device)[0]
+    probe(chosen)
+    return chosen.name
+
+
 def train(
     recipe: Annotated[
         Path, typer.Argument(help="YAML with params (eta, mu, lambda, by layer or one number), settings and seed.")
@@ -22,7 +31,7 @@ def train(
     into: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for the checkpoints; training goes on from what is there.")
     ] = Path("run"),
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda:0.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto (a CUDA device, or the CPU), cpu, cuda or cuda:N.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default all cores.")] = None,
     json: Json = False,
 ) -> None:
@@ -36,14 +45,19 @@ def train(
 
     config = spec.config(*load_recipe(recipe))
     torch.set_num_threads(threads or os.cpu_count() or 1)
-    place = device if device != "auto" else "cuda:0" if torch.cuda.is_available() else "cpu"
+    place = usable(device)
     chosen = settings.load()
     data = dataset.load(
         config.net.input, source=config.data, data_root=chosen.data_root, home=chosen.home_dir, notify=output.say  # type: ignore[arg-type]
     )  # fmt: skip
     stopping: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        stopping.append(number)
+        signal.signal(number, signal.SIG_DFL)  # the second one ends us at once
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda got, _: stopping.append(got))
+        signal.signal(number, stop)
 
     def report(epoch: int, metrics: dict[str, float]) -> None:
         output.err.print(

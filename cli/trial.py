@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 from cli import output
 from cli.remote import Json, StudyName, Token, Url, connect, find_study
+from cli.study import parse_yaml
 from hpo.errors import Fault, Invalid
 
 app = typer.Typer(help="List, show, add, cancel and requeue trials.", no_args_is_help=True)
@@ -113,7 +113,7 @@ def add(
     json: Json = False,
 ) -> None:
     """Queue a point of your own, or record one that is finished."""
-    point = yaml.safe_load(params)
+    point = parse_yaml(params, "the point", "params")
     if not isinstance(point, dict):
         raise Invalid([Fault("params", 'write a mapping, such as "{eta: 0.01, mu: 0.9}"')], "the point")
     body: dict[str, Any] = {"params": point}

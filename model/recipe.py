@@ -4,12 +4,13 @@
     settings: {net: mini, epochs: 20}
     seed: 0
 
-Promise: every fault of the file is named in one go, with its place; YAML is read by the safe loader, and a key that
-stands twice is a fault rather than a riddle.
+Promise: every fault of the file is named in one go, with its place; YAML is read by a safe loader, to which 1e-4 is a
+number (YAML 1.1 takes it for text) and a key that stands twice a fault rather than a riddle.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ _KEYS = ("params", "settings", "seed")
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, which refuses duplicate keys."""
+    """The safe loader, which refuses duplicate keys and knows numbers without a point."""
 
 
 def _unique(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -38,6 +39,16 @@ def _unique(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"), list("-+.0123456789")
+)
+YAML_FAULTS = (yaml.YAMLError, ValueError, RecursionError, TypeError)
+"""What `parse` raises for what is no YAML."""
+
+
+def parse(text: str | bytes) -> Any:
+    """Any YAML or JSON as people write it. Raises one of `YAML_FAULTS`."""
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
 
 
 def load_recipe(path: Path | str) -> tuple[dict[str, Any], dict[str, Any], int]:
@@ -74,8 +85,8 @@ def _read(path: Path) -> dict[Any, Any]:
     if len(data) > _LARGEST:
         raise Refused([Fault(str(path), "is larger than 1 MB; a recipe is a few lines")])
     try:
-        document = yaml.load(data, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
-    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as fault:
+        document = parse(data)
+    except YAML_FAULTS as fault:
         first = " ".join(str(fault).split()) if isinstance(fault, yaml.MarkedYAMLError) else "not YAML"
         raise Refused([Fault(str(path), f"is not readable as YAML: {first}")]) from fault
     if not isinstance(document, dict):

@@ -35,12 +35,22 @@ def test_a_recipe_is_what_a_trial_is_made_of(tmp_path: Path) -> None:
     assert load_recipe(path)[2] == 0
 
 
+@pytest.mark.parametrize(("written", "number"), [("1e-4", 1e-4), ("1.E+0", 1.0), (".5e-1", 0.05), ("1.0e-4", 1e-4)])
+def test_numbers_are_read_as_people_write_them(tmp_path: Path, written: str, number: float) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"params: {{eta: {written}, mu: 0, lambda: '1e-4'}}\nsettings: {{net: mini}}")
+    (fault,) = faults(path)
+    assert fault.startswith("lambda:"), "in quotes it is text"
+    path.write_text(f"params: {{eta: {written}, mu: 0, lambda: 0}}\nsettings: {{net: mini}}")
+    assert load_recipe(path)[0]["eta"] == number
+
+
 def test_every_fault_is_named(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
-    path.write_text("params: {eta: 1e-4, mu: 2}\nsettings: {net: mini, epoch: 3}\nseeds: 4\nseed: -1")
+    path.write_text("params: {eta: a, mu: 2}\nsettings: {net: mini, epoch: 3}\nseeds: 4\nseed: -1")
     found = faults(path)
     assert len(found) == 6
-    for words in ("seeds", "did you mean seed", "epoch: is not a setting", "mu: must be", "write 1.0e-4", "lambda"):
+    for words in ("seeds", "did you mean seed", "epoch: is not a setting", "mu: must be", "eta: must be", "lambda"):
         assert any(words in fault for fault in found), words
     assert any(fault.startswith("seed:") for fault in found)
 
