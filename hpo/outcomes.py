@@ -200,7 +200,7 @@ def _finish(conn: sa.Connection, known: Known, trial_id: int, request: TellReque
 def release(desk: Desk, lease: int, request: ReleaseRequest, principal: Principal) -> TellReply:
     """Take a trial back unfinished: it is queued again, before all others; or cancelled, if that was asked for.
 
-    "stalled" counts as a death of its worker, and the last one a trial may have fails it. The same release again gets
+    "stalled" and "broken" count as a death of its worker, and the last one a trial may have fails it. The same again gets
     the same answer.
 
     Raises:
@@ -214,12 +214,13 @@ def release(desk: Desk, lease: int, request: ReleaseRequest, principal: Principa
         earlier = _check(attempt, request.token, principal, digest)
         if earlier is not None:
             return earlier
-        how = "stalled" if request.reason == "stalled" else "released"
+        how = {"stalled": "stalled", "broken": "lost"}.get(request.reason, "released")
         why = {
             "shutdown": "its worker was shut down",
             "stopped": "its worker was asked to stop",
             "drained": "its worker was drained",
             "stalled": "it made no step for too long",
+            "broken": "its worker's device stopped working",
         }[request.reason]
         state = give_back(
             desk, conn, known, attempt, how, why, digest=digest, checkpoint_epoch=request.checkpoint_epoch

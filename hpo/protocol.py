@@ -153,11 +153,11 @@ class TellReply(Wire):
     value: float | None
 
 
-ReleaseReason = Literal["shutdown", "stopped", "drained", "stalled"]
+ReleaseReason = Literal["shutdown", "stopped", "drained", "stalled", "broken"]
 
 
 class ReleaseRequest(Wire):
-    """A worker hands its trial back unfinished. "stalled" counts as a death, the others do not."""
+    """A worker hands its trial back unfinished. "stalled" and "broken" (its device gave up) count as a death."""
 
     token: FencingToken
     reason: ReleaseReason

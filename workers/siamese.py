@@ -65,7 +65,7 @@ class Ended:
     reason: str = ""
     traceback: str = ""
     poisoned: bool = False
-    """The CUDA context is beyond repair: every later call in this process would fail."""
+    """The device or its CUDA context is beyond repair: every later call in this process would fail."""
 
 
 class Siamese:

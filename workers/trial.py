@@ -138,13 +138,15 @@ class Conductor:
             return leave
         if ended.outcome == "stopped" and leave is None and sender.verdict is Verdict.PRUNE:
             ended = replace(ended, outcome="pruned", reason=sender.reason)
+        if ended.poisoned:  # a GPU that vanished is a death of the worker's; the trial goes on elsewhere, a few times
+            log.error("trial %d lost its device:\n%s", lease.trial, ended.traceback.rstrip() or ended.reason)
+            self._release(lease, "broken", sender.checkpoint_epoch)
+            return Leave(3, "the CUDA device gave up; restart this worker: only a new process can use it again")
         if ended.outcome == "stopped":
             by_person = sender.verdict is Verdict.STOP and leave is None
             self._release(lease, "stopped" if by_person else "shutdown", sender.checkpoint_epoch)
             return leave
         self._tell(lease, ended, sender, time.monotonic() - began)
-        if ended.poisoned:
-            return Leave(3, "the CUDA device gave up; restart this worker: only a new process can use it again")
         return leave
 
     def _flush(self, lease: Lease, sender: Sender) -> None:

@@ -394,17 +394,18 @@ def test_the_same_release_again_gets_the_same_answer(engine: sa.Engine) -> None:
         release(desk, lease, who=MALLORY)
 
 
-def test_stalls_are_deaths_and_the_last_one_fails_the_trial(engine: sa.Engine) -> None:
+def test_stalls_and_broken_devices_are_deaths_and_the_last_one_fails_the_trial(engine: sa.Engine) -> None:
     desk = coordinator(engine)
     made = desk.create_study(study(max_attempts=2))
     assert release(desk, must_claim(desk), "shutdown").state == "queued"
     assert release(desk, must_claim(desk), "stalled").state == "queued"
     assert release(desk, must_claim(desk), "drained").state == "queued"
-    assert release(desk, must_claim(desk), "stalled").state == "failed"
+    assert release(desk, must_claim(desk), "broken").state == "failed"
     trial = desk.get_trial(made.study, 0)
     assert trial.state == "failed"
     assert "2 attempts died" in trial.reason
-    assert [state for _, state in attempts(engine)] == ["released", "stalled", "released", "stalled"]
+    assert "device stopped working" in trial.reason
+    assert [state for _, state in attempts(engine)] == ["released", "stalled", "released", "lost"]
     assert must_claim(desk).trial == 1
 
 

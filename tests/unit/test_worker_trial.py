@@ -294,13 +294,13 @@ def test_a_machine_that_cannot_train_hands_the_trial_back_and_leaves(tmp_path: P
     assert [body["reason"] for body in told(server)] == ["shutdown"]
 
 
-def test_a_poisoned_gpu_is_told_and_ends_the_process(tmp_path: Path) -> None:
+def test_a_gpu_that_gives_up_is_no_fault_of_the_trials_and_ends_the_process(tmp_path: Path) -> None:
     ended = Ended("failed", reason="AcceleratorError: CUDA error", traceback="...", poisoned=True)
     with serving(coordinator) as server, conductor(server, tmp_path, lambda *_: ended) as conduct:
         leave = conduct.conduct(a_lease())
     assert leave is not None
     assert leave.code == 3
-    assert [body["outcome"] for body in told(server)] == ["failed"]
+    assert [body.get("reason") for body in told(server)] == ["broken"]
 
 
 def test_a_folder_outside_the_root_is_never_written(tmp_path: Path) -> None:
