@@ -8,12 +8,16 @@ on with the same study. All it knows of the server it learns over REST, like any
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import socket
 import time
 from dataclasses import dataclass, field
+from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,6 +34,9 @@ if TYPE_CHECKING:
     from workers.client import Client
 
 PRESET = "mini"
+COORDINATOR_METRIC = re.compile(
+    r'whetstone_coordinator_(?P<what>calls|seconds)_total\{call="(?P<call>\w+)"\} (?P<value>\S+)'
+)
 HOME = Path(".whetstone")
 TOP = 3
 
@@ -123,7 +130,8 @@ def _run(
         study = client.get(f"/api/v1/studies/{study['study']}")
         result = _score(client, chosen, dataset, study)
         result["seconds"] = round(time.monotonic() - began, 1)
-        result["coordinator_seconds"] = _coordinator_seconds(client)
+        result["coordinator"] = _coordinator_work(client)
+        result["idle_between_trials_s"] = _idle_between_trials(client, study["study"])
         if json_file:
             json_file.write_text(json.dumps(result, indent=2) + "\n")
         _conclude(result, parts.home, serving=serve)
@@ -220,13 +228,13 @@ def _launch(client: Client, trials: int | None) -> dict[str, Any]:
         if item["name"] == name:
             path = f"/api/v1/studies/{item['study']}"
             if trials is not None and trials != item["budget"]["trials"]:
-                item = client.patch(path, json={"budget": {"trials": trials}})
+                item = client.patch(path, json={"budget": {"trials": trials, "hours": None}})
             if item["state"] == "paused":
                 item = client.patch(path, json={"state": "running"})
             progress = f"{demo_view.finished(item)} of {item['budget']['trials']} trials are done"
             output.out.print(f"  study     {name!r}, from an earlier run: {progress}")
             return dict(item)
-    overrides: dict[str, Any] = {"budget": {"trials": trials}} if trials else {}
+    overrides: dict[str, Any] = {"budget": {"trials": trials, "hours": None}} if trials else {}
     made: dict[str, Any] = client.post("/api/v1/studies", json={"preset": PRESET, **overrides})
     dimensions = sum(len(parameter.get("labels") or [0]) for parameter in made["spec"]["space"])
     names = ", ".join(parameter["name"] for parameter in made["spec"]["space"])
@@ -264,12 +272,20 @@ def _watch(client: Client, parts: Parts, study: int) -> None:
                 live.console.print(demo_view.trial_line(trial, item))
             running = [t for t in trials if t["state"] == "leased"]
             elapsed, done = time.monotonic() - began, len(over) - at_start
-            left = ((item["budget"]["trials"] or 0) - len(over)) * elapsed / done if done else None
+            left = _time_left(item["budget"], len(over), elapsed / done) if done else None
             if output.out.is_terminal:
                 live.update(demo_view.progress(item, running, elapsed, left))
             if item["state"] == "finished" or (item["state"] == "stopped" and not running):
                 return
-            time.sleep(0.5)
+            time.sleep(1)
+
+
+def _time_left(budget: dict[str, Any], over: int, seconds_a_trial: float) -> float:
+    """Seconds until the budget is spent, by trials or by hours, at the pace so far."""
+    by_trials = (budget["trials"] - over) * seconds_a_trial if budget["trials"] else math.inf
+    used = budget["hours_used"]
+    by_hours = max(0.0, budget["hours"] / used - 1) * over * seconds_a_trial if budget["hours"] and used else math.inf
+    return min(by_trials, by_hours)
 
 
 def _score(client: Client, chosen: settings.Settings, dataset: Dataset, study: dict[str, Any]) -> dict[str, Any]:
@@ -302,12 +318,27 @@ def _score(client: Client, chosen: settings.Settings, dataset: Dataset, study: d
     }
 
 
-def _coordinator_seconds(client: Client) -> float:
-    """Seconds that the coordinator's calls took in this run, summed, from /metrics."""
-    lines = client.text("/metrics").splitlines()
-    return round(
-        sum(float(l.rsplit(" ", 1)[1]) for l in lines if l.startswith("whetstone_coordinator_seconds_total")), 2
-    )
+def _coordinator_work(client: Client) -> dict[str, dict[str, float]]:
+    """Calls of the coordinator in this run and the seconds they took, by kind, from /metrics."""
+    work: dict[str, dict[str, float]] = {}
+    for line in client.text("/metrics").splitlines():
+        if found := COORDINATOR_METRIC.match(line):
+            work.setdefault(found["call"], {})[found["what"]] = round(float(found["value"]), 3)
+    return work
+
+
+def _idle_between_trials(client: Client, study: int) -> list[float]:
+    """Seconds between the end of one trial and the lease of the next, for each pair that one worker had in this run."""
+    path = f"/api/v1/studies/{study}/trials"
+    by_worker: dict[str, list[tuple[datetime, datetime]]] = {}
+    for trial in client.pages(path):
+        for attempt in client.get(f"{path}/{trial['trial']}")["history"]:
+            if attempt["worker"] and attempt["ended_at"] and str(attempt["worker"]).endswith(f"-{os.getpid()}"):
+                span = datetime.fromisoformat(attempt["leased_at"]), datetime.fromisoformat(attempt["ended_at"])
+                by_worker.setdefault(attempt["worker"], []).append(span)
+    spans = [sorted(each) for each in by_worker.values()]
+    gaps = [(later[0] - earlier[1]).total_seconds() for each in spans for earlier, later in pairwise(each)]
+    return sorted(round(gap, 3) for gap in gaps)
 
 
 def _conclude(result: dict[str, Any], home: Path, *, serving: bool) -> None:
