@@ -200,8 +200,8 @@ def _finish(conn: sa.Connection, known: Known, trial_id: int, request: TellReque
 def release(desk: Desk, lease: int, request: ReleaseRequest, principal: Principal) -> TellReply:
     """Take a trial back unfinished: it is queued again, before all others; or cancelled, if that was asked for.
 
-    "stalled" and "broken" count as a death of its worker, and the last one a trial may have fails it. The same again gets
-    the same answer.
+    "stalled" and "broken" count as a death of its worker, and the last one a trial may have fails it. The same release
+    again gets the same answer.
 
     Raises:
         NotFound: there is no such lease.
