@@ -1,9 +1,9 @@
 """The trials of one study in memory, and the windows through which samplers and pruners look at them.
 
 `History` reads Optuna's stock tables with a few set-based statements and keeps what it read: a refresh fetches only
-trials that are new, unfinished, or named in `whetstone.revisions` since the last one. The invariant: after `refresh`
-it holds one committed state of the database, at least as new as the call, and trial objects are replaced, never
-changed, so a `View` taken earlier stays what it was.
+trials that are new, running, queued again, or named in `whetstone.revisions` since the last one. The invariant: after
+`refresh` it holds one committed state of the database, at least as new as the call, and trial objects are replaced,
+never changed, so a `View` taken earlier stays what it was.
 
 A `View` is an Optuna storage with one trial more, the pending one. What a sampler or pruner writes to it is captured
 for the caller's transaction, not stored.
@@ -15,6 +15,7 @@ import json
 import threading
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
@@ -49,8 +50,11 @@ _REVISIONS = sa.text("""
     WHERE study_id = :study AND revision_id > :cursor ORDER BY revision_id
 """)
 
-# A trial that was requeued is unfinished again without being new.
-_UNFINISHED = sa.text("SELECT trial_id FROM trials WHERE study_id = :study AND state IN ('RUNNING', 'WAITING')")
+# A trial that waits again after an attempt has another start than before it, so one that has not may be left alone.
+_UNFINISHED = sa.text("""
+    SELECT trial_id, state = 'WAITING' AS waits, datetime_start AS began FROM trials
+    WHERE study_id = :study AND state IN ('RUNNING', 'WAITING')
+""")
 
 
 @dataclass(frozen=True)
@@ -116,8 +120,10 @@ class History:
         floor = {"study": self.study_id, "cursor": max(self._cursor - _LATE, 0)}
         revisions = [row for row in connection.execute(_REVISIONS, floor) if row.revision_id not in self._seen]
         stale = {row.trial_id for row in revisions}
-        stale |= set(connection.execute(_UNFINISHED, {"study": self.study_id}).scalars())
-        stale |= {key for key, entry in self._entries.items() if not entry.trial.state.is_finished()}
+        open_ = connection.execute(_UNFINISHED, {"study": self.study_id}).all()
+        unchanged = {row.trial_id for row in open_ if row.waits and self._waited(row.trial_id, row.began)}
+        stale |= {row.trial_id for row in open_} - unchanged
+        stale |= {key for key, entry in self._entries.items() if not entry.trial.state.is_finished()} - unchanged
         # A study's trials are inserted under the lock of its row, so their ids become visible in order.
         trials = rows.read_trials(connection, self.study_id, newer_than=self._newest, also_ids=sorted(stale))
         # Nothing of ours changes before all has been read: a lost connection leaves the old state whole.
@@ -128,6 +134,15 @@ class History:
         self._seen.update(row.revision_id for row in revisions)
         self._cursor = max(self._seen, default=0)
         self._seen = {revision for revision in self._seen if revision > self._cursor - _LATE}
+
+    def _waited(self, trial_id: int, began: datetime | None) -> bool:
+        """Whether a trial that waits now has done nothing else since it was read."""
+        known = self._entries.get(trial_id)
+        return (
+            known is not None
+            and known.trial.state == TrialState.WAITING
+            and known.trial.datetime_start == rows.to_local(began)
+        )
 
     def snapshot(self, space: SearchSpace) -> Snapshot:
         """Return what the last refresh found, each trial held against `space` (the study's, always the same)."""

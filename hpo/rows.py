@@ -364,8 +364,8 @@ def _frozen(conn: Connection, rows: Sequence[sa.Row[Any]]) -> list[FrozenTrial]:
                 state=TrialState[row.state],
                 value=None,
                 values=values.get(row.trial_id),
-                datetime_start=_to_local(row.datetime_start),
-                datetime_complete=_to_local(row.datetime_complete),
+                datetime_start=to_local(row.datetime_start),
+                datetime_complete=to_local(row.datetime_complete),
                 params={
                     name: distributions[name].to_external_repr(internal)
                     for name, internal in zip(names, internals, strict=True)
@@ -417,6 +417,6 @@ def _to_utc(moment: datetime | None) -> datetime | None:
     return None if moment is None else moment.astimezone(UTC).replace(tzinfo=None)
 
 
-def _to_local(moment: datetime | None) -> datetime | None:
+def to_local(moment: datetime | None) -> datetime | None:
     """As Optuna hands times out: local without saying so."""
     return None if moment is None else moment.replace(tzinfo=UTC).astimezone().replace(tzinfo=None)

@@ -89,6 +89,9 @@ def suggest(
         NothingFeasible: no point could be found; the commonest reason is given.
         DatabaseUnavailable: PostgreSQL does not answer.
     """
+    given = _given(spec.space, fixed or {})
+    if len(given) == len(spec.space.names):
+        return _as_given(spec, given, workload)  # there is nothing to choose, so nothing to know
     if refresh:
         history.refresh()
     return choose(spec, history.snapshot(spec.space), number, seed, fixed, workload)
@@ -105,11 +108,9 @@ def choose(
     """Do what `suggest` does, on a study at one moment."""
     space = spec.space
     given = _given(space, fixed or {})
-    search = _Search(spec, workload, snapshot.entries, number, given)
     if len(given) == len(space.names):
-        if not search.feasible(given):
-            raise NothingFeasible(f"this point can never be trained: {search.why()}")
-        return stored(space, given)
+        return _as_given(spec, given, workload)
+    search = _Search(spec, workload, snapshot.entries, number, given)
     root = spec.seed if seed is None else seed
     session = Session(spec, snapshot, number, root, reduce(space, given))
     asked = Asked({}, {}, {})
@@ -122,6 +123,14 @@ def choose(
     rng = np.random.default_rng(derive(root, number, 1))
     found = search.by_chance(rng)
     return _suggestion(space, found, Asked({}, {}, asked.study_attributes))
+
+
+def _as_given(spec: StudySpec, point: Flat, workload: Workload | None) -> Suggestion:
+    """Take a complete point as it is, if it can be trained."""
+    why = None if workload is None else workload.feasible(spec.space.nest(point), spec.settings)
+    if why is not None:
+        raise NothingFeasible(f"this point can never be trained: {why}")
+    return stored(spec.space, point)
 
 
 def _given(space: SearchSpace, fixed: Mapping[str, Value]) -> Flat:

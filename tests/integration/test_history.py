@@ -139,6 +139,35 @@ def test_a_failed_trial_that_is_queued_again_is_noticed(engine: Engine, stock: o
     assert by_number(history, spec)[0].state == TrialState.WAITING
 
 
+def test_a_trial_that_only_waits_is_read_once_and_again_after_each_attempt(
+    engine: Engine, stock: optuna.Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history, spec = History(engine, stock._study_id), spec_of()
+    for x in (0.25, 0.75):
+        stock.enqueue_trial({"x": x})
+    assert {trial.state for trial in by_number(history, spec).values()} == {TrialState.WAITING}
+    asked: list[list[int]] = []
+    read = rows.read_trials
+
+    def spy(*args: Any, also_ids: Any, **more: Any) -> Any:
+        asked.append(list(also_ids))
+        return read(*args, also_ids=also_ids, **more)
+
+    monkeypatch.setattr(rows, "read_trials", spy)
+    by_number(history, spec)
+    assert asked.pop() == [], "a long queue is not read again at every ask and report"
+    for steps in (1, 2):
+        running = stock.ask(DISTRIBUTIONS)
+        assert running.number == 0
+        running.report(0.5, steps)
+        execute(engine, "UPDATE trials SET state = 'WAITING' WHERE trial_id = :id", id=running._trial_id)
+        held = by_number(history, spec)
+        assert (held[0].state, len(held[0].intermediate_values)) == (TrialState.WAITING, steps)
+        assert asked.pop() == [held[0]._trial_id]
+    stock.ask(DISTRIBUTIONS)
+    assert by_number(history, spec)[0].state == TrialState.RUNNING
+
+
 def test_a_refresh_costs_as_many_statements_for_many_trials_as_for_few(engine: Engine, stock: optuna.Study) -> None:
     def statements() -> int:
         counted: list[str] = []
