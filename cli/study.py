@@ -11,7 +11,11 @@ import yaml
 
 from cli import output, presets
 from cli.remote import Json, StudyName, Token, Url, connect, find_study
+from hpo import yaml_document
 from hpo.errors import Fault, Invalid
+
+MAX_CHARACTERS = 1_000_000
+"""As much as the server takes; a study with many points is long."""
 
 app = typer.Typer(help="Launch, watch and steer studies.", no_args_is_help=True)
 
@@ -22,23 +26,7 @@ def read_document(path: Path) -> dict[str, Any]:
         text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise Invalid([Fault("", "it is not text in UTF-8")], str(path)) from None
-    document = parse_yaml(text, str(path))
-    if not isinstance(document, dict):
-        raise Invalid([Fault("", "a study is a mapping with name, space, budget, ...")], str(path))
-    return document
-
-
-def parse_yaml(text: str, what: str, at: str = "") -> Any:
-    """YAML or JSON. Raises `Invalid` with the line that is at fault."""
-    from model import recipe
-
-    try:
-        return recipe.parse(text)
-    except recipe.YAML_FAULTS as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f"line {mark.line + 1}" if mark else ""
-        fault = getattr(error, "problem", None) or "it cannot be read as YAML"
-        raise Invalid([Fault(at or line, str(fault))], what) from None
+    return yaml_document.read(text, at="", what=str(path), most=MAX_CHARACTERS)
 
 
 def _assign(pairs: list[str]) -> dict[str, Any]:
@@ -54,7 +42,7 @@ def _assign(pairs: list[str]) -> dict[str, Any]:
             place = place.setdefault(parent, {})
             if not isinstance(place, dict):
                 raise Invalid([Fault(path, f"{parent} was set to one value before")], "--set")
-        place[last] = parse_yaml(text, "--set", path)
+        place[last] = yaml_document.parse(text, path, "--set")
     return overrides
 
 

@@ -8,8 +8,7 @@ import typer
 
 from cli import output
 from cli.remote import Json, StudyName, Token, Url, connect, find_study
-from cli.study import parse_yaml
-from hpo.errors import Fault, Invalid
+from hpo import yaml_document
 
 app = typer.Typer(help="List, show, add, cancel and requeue trials.", no_args_is_help=True)
 Number = Annotated[int, typer.Argument(metavar="TRIAL", min=0, help="The trial's number.")]
@@ -113,10 +112,7 @@ def add(
     json: Json = False,
 ) -> None:
     """Queue a point of your own, or record one that is finished."""
-    point = parse_yaml(params, "the point", "params")
-    if not isinstance(point, dict):
-        raise Invalid([Fault("params", 'write a mapping, such as "{eta: 0.01, mu: 0.9}"')], "the point")
-    body: dict[str, Any] = {"params": point}
+    body: dict[str, Any] = {"params": yaml_document.read(params, "params", "the point")}
     if value is not None:
         body["value"] = value
     if infeasible:

@@ -13,11 +13,11 @@ from fastapi import Form, Query
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
-from api.pages import document
 from api.pages.access import Actor
 from api.pages.base import Hpo, Number, router
 from api.pages.render import page
 from api.pages.studies import newlines, numeral
+from hpo import yaml_document
 from hpo.coordinator import Coordinator
 from hpo.document import PRUNERS, SAMPLERS
 from hpo.errors import Conflict, Fault, Invalid, NotFound
@@ -48,7 +48,7 @@ def form(request: Request, _: Actor, hpo: Hpo, preset: Annotated[str | None, Que
     if chosen not in presets:
         raise NotFound("there is no such preset")
     start = presets[chosen]
-    typed = {**BLANK, "name": free_name(hpo, str(start.get("name", chosen))), "document": document.write(start)}
+    typed = {**BLANK, "name": free_name(hpo, str(start.get("name", chosen))), "document": yaml_document.write(start)}
     return _form(request, presets, chosen, typed)
 
 
@@ -137,7 +137,7 @@ def launch(
         "notes": notes,
     }
     try:
-        made = hpo.create_study(overlay(document.read(text), typed))
+        made = hpo.create_study(overlay(yaml_document.read(text), typed))
     except Invalid as error:
         return _form(request, _presets(request), preset, typed, error.faults, 422)
     except Conflict as error:

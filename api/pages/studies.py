@@ -9,10 +9,11 @@ from fastapi import Form, Query
 from starlette.requests import Request
 from starlette.responses import JSONResponse, RedirectResponse, Response
 
-from api.pages import document, words
+from api.pages import words
 from api.pages.access import Actor, Reader
 from api.pages.base import Cursor, Hpo, Number, Study, router
 from api.pages.render import POLL_S, live, page
+from hpo import yaml_document
 from hpo.errors import Fault, Invalid
 from hpo.views import TRIAL_STATES, ProgressPoint, StudyState, StudyView, TrialState
 
@@ -181,7 +182,7 @@ def _queue(
         cursor=cursor,
         first=f"/studies/{study}/queue",
         further=f"/studies/{study}/queue?" + urlencode({"cursor": found.next or ""}),
-        typed=typed or document.write(example_point(view)),
+        typed=typed or yaml_document.write(example_point(view)),
         faults=faults,
     )
 
@@ -213,7 +214,7 @@ def add_point(
     request: Request, _: Actor, hpo: Hpo, study: Study, params: Annotated[str, Form(max_length=1_000_000)] = ""
 ) -> Response:
     try:
-        hpo.add_trial(study, {"params": document.read(params, "point")})
+        hpo.add_trial(study, {"params": yaml_document.read(params, "point")})
     except Invalid as error:
         return _queue(request, hpo, study, None, params, error.faults)
     return RedirectResponse(f"/studies/{study}/queue", status_code=303)

@@ -1,8 +1,8 @@
-"""Documents as people type them into a form: YAML or JSON in, YAML out.
+"""Documents as people type them, into a form or a file: YAML or JSON in, YAML out.
 
-Whatever is typed, the answer is a mapping or `Invalid`: nesting and size are limited before anything is built, aliases
-are refused (a few lines of them unfold to gigabytes) and so are repeated keys, of which YAML silently keeps the last.
-What the mapping holds is for the coordinator to check, as it does for the REST route.
+Whatever is typed, the answer is plain values or `Invalid`: nesting and size are limited before anything is built,
+aliases are refused (a few lines of them unfold to gigabytes) and so are repeated keys, of which YAML silently keeps the
+last. What the document holds is for the coordinator to check, as it does for the REST route. It needs PyYAML only.
 """
 
 from __future__ import annotations
@@ -61,22 +61,31 @@ for _side in (_Loader, _Dumper):
     _side.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+0123456789."))
 
 
-def read(text: str, at: str = "document") -> dict[str, Any]:
-    """One mapping from YAML or JSON text. Raises `Invalid`, whose faults say where, and never repeat the text."""
-    if len(text) > MAX_CHARACTERS:
-        raise Invalid([Fault(at, f"is longer than {MAX_CHARACTERS:,} characters")], "the document")
-    try:
-        _survey(text, at)
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        raise Invalid([Fault(_place(at, error), _problem(error))], "the document") from None
-    except (yaml.YAMLError, ValueError, OverflowError):  # a NUL, a surrogate, a number nothing can hold
-        raise Invalid([Fault(at, "is neither YAML nor JSON")], "the document") from None
+def read(text: str, at: str = "document", what: str = "the document", most: int = MAX_CHARACTERS) -> dict[str, Any]:
+    """One mapping from YAML or JSON text of at most `most` characters.
+
+    Raises `Invalid` of `what`, whose faults say where, begin with `at`, and never repeat the text at length.
+    """
+    value = parse(text, at, what, most)
     if value is None:
-        raise Invalid([Fault(at, "is empty")], "the document")
+        raise Invalid([Fault(at, "is empty")], what)
     if not isinstance(value, dict):
-        raise Invalid([Fault(at, "must be a mapping, such as `name: my-study`")], "the document")
+        raise Invalid([Fault(at, "must be a mapping, such as `{name: value}`")], what)
     return value
+
+
+def parse(text: str, at: str = "document", what: str = "the document", most: int = MAX_CHARACTERS) -> Any:
+    """Do what `read` does, for a value of any kind."""
+    if len(text) > most:
+        raise Invalid([Fault(at, f"is longer than {most:,} characters")], what)
+    try:
+        if fault := _survey(text):
+            raise Invalid([Fault(at, fault)], what)
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        raise Invalid([Fault(_place(at, error), _problem(error))], what) from None
+    except (yaml.YAMLError, ValueError, OverflowError):  # a NUL, a surrogate, a number nothing can hold
+        raise Invalid([Fault(at, "is neither YAML nor JSON")], what) from None
 
 
 def write(document: Any) -> str:
@@ -84,23 +93,25 @@ def write(document: Any) -> str:
     return yaml.dump(document, Dumper=_Dumper, sort_keys=False, default_flow_style=False, width=100, allow_unicode=True)
 
 
-def _survey(text: str, at: str) -> None:
-    """Walk the events, which build nothing and do not recurse, before anything that does."""
+def _survey(text: str) -> str | None:
+    """Walk the events, which build nothing and do not recurse, before anything that does; say what is refused."""
     depth = 0
     for event in yaml.parse(text, Loader=_Loader):
         if isinstance(event, yaml.AliasEvent):
-            raise Invalid([Fault(at, "uses an alias (*name); write the part out instead")], "the document")
+            return "uses an alias (*name); write the part out instead"
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > MAX_DEPTH:
-                raise Invalid([Fault(at, f"is nested more than {MAX_DEPTH} deep")], "the document")
+                return f"is nested more than {MAX_DEPTH} deep"
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
+    return None
 
 
 def _place(at: str, error: yaml.MarkedYAMLError) -> str:
     mark = error.problem_mark or error.context_mark
-    return f"{at}, line {mark.line + 1}, column {mark.column + 1}" if mark else at
+    line = f"line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    return ", ".join(part for part in (at, line) if part)
 
 
 def _problem(error: yaml.MarkedYAMLError) -> str:
