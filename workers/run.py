@@ -3,7 +3,7 @@
 Promise: a claim carries an Idempotency-Key and is repeated under it, so that an answer that got lost leaves no orphan;
 whatever ends the process, a lease that reached it is handed back where a server can be reached. Exit codes: 0 stopped
 as asked (or done, with `once`), 1 refused or unfit (one line says why), 3 the GPU gave up, 4 a trial was stuck; after
-3 and 4 a supervisor should start it again. Nothing heavy is imported before the server has answered.
+3 and 4 a supervisor should start it again. On a CPU nothing heavy is imported before the server has answered.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from workers.client import ApiError, Backoff, Client, ServerUnreachable, is_tran
 from workers.device import Device, DeviceUnusable, candidates, probe
 from workers.stop import Stop, Stopped
 from workers.trial import Conductor, Leave
+from workers.unsent import Unsent
 
 log = logging.getLogger("whetstone.worker")
 
@@ -94,13 +95,14 @@ class Worker:
         """Claim and conduct until asked to stop (raises `Stopped`), done (`once`), or a trial says to leave."""
         allowed = candidates(device)
         place = self._introduce(allowed, insist=device not in ("auto", "cuda"))
+        unsent = Unsent(home)
+        unsent.deliver(self._client)
         kept = Artifacts(artifacts, home / "scratch")
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch: large pages for large tensors
         from workers.siamese import Siamese
 
         probe(place)
         trains = Siamese(place, data_root=data_root, home=home)
-        conductor = Conductor(self._connect, self._stop, trains, kept, threads=threads)
+        conductor = Conductor(self._connect, self._stop, trains, kept, unsent, threads=threads)
         log.info("worker %s is ready on %s; waiting for trials of %s", self._name, place.title, self._client.url)
         while True:
             lease, late = self._claim(place, conductor)

@@ -2,8 +2,8 @@
 
 Training runs in the one trainer thread; this side watches it. Promise: every lease that is conducted here ends in a
 tell or a release, each repeated until answered, unless the lease was lost (then it is dropped) or this process is
-told to stop while no server answers (then it runs out). A trial that makes no step for `stall_s` is released and the
-process must end, since a stuck thread cannot be killed.
+told to stop while no server answers (then the release is left to the next worker of this home). A trial that makes no
+step for `stall_s` is released and the process must end, since a stuck thread cannot be killed.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from workers.artifacts import Artifacts, Place, UnsafeName
 from workers.client import ApiError, Backoff, Client, ServerUnreachable, is_transient
 from workers.sender import Sender
 from workers.stop import Stop, Stopped
+from workers.unsent import Unsent
 
 if TYPE_CHECKING:
     from workers.siamese import Ended
@@ -59,7 +60,14 @@ class Conductor:
     """Conducts trials one after another for one worker process."""
 
     def __init__(
-        self, connect: Callable[[], Client], stop: Stop, trains: Trains, artifacts: Artifacts, *, threads: int | None
+        self,
+        connect: Callable[[], Client],
+        stop: Stop,
+        trains: Trains,
+        artifacts: Artifacts,
+        unsent: Unsent,
+        *,
+        threads: int | None,
     ) -> None:
         self._connect = connect
         self._client = connect()
@@ -67,6 +75,7 @@ class Conductor:
         self._stop = stop
         self._trains = trains
         self._artifacts = artifacts
+        self._unsent = unsent
         self._trainer = ThreadPoolExecutor(1, "trainer", initializer=_set_threads, initargs=(threads,))
 
     def close(self) -> None:
@@ -168,13 +177,13 @@ class Conductor:
         )
         if ended.outcome == "failed":
             log.error("trial %d failed:\n%s", lease.trial, ended.traceback.rstrip() or ended.reason)
+        path, body = f"/api/v1/leases/{lease.lease}/tell", request.model_dump(mode="json")
         try:
-            reply = self._settle(f"/api/v1/leases/{lease.lease}/tell", request.model_dump(mode="json"))
-        except ServerUnreachable as error:
-            log.error("the outcome of trial %d could not be told: %s", lease.trial, error)
-            return
-        except ApiError as error:
-            if error.status in (400, 413, 422) and ended.outcome != "failed":
+            reply = self._settle(path, body)
+        except (ServerUnreachable, ApiError) as error:
+            if is_transient(error):
+                log.error("the outcome of trial %d could not be told (%s); %s", *self._left(lease, path, body, error))
+            elif isinstance(error, ApiError) and error.status in (400, 413, 422) and ended.outcome != "failed":
                 refused = f"the coordinator refused the outcome ({ended.outcome}): {error}"
                 self._tell(lease, replace(ended, outcome="failed", value=None, reason=refused), sender, seconds)
             else:
@@ -189,11 +198,18 @@ class Conductor:
 
     def _release(self, lease: Lease, reason: ReleaseReason, checkpoint_epoch: int | None) -> None:
         request = ReleaseRequest(token=lease.token, reason=reason, checkpoint_epoch=checkpoint_epoch)
+        path, body = f"/api/v1/leases/{lease.lease}/release", request.model_dump(mode="json")
         try:
-            self._settle(f"/api/v1/leases/{lease.lease}/release", request.model_dump(mode="json"))
+            self._settle(path, body)
             log.info("trial %d: handed back (%s)", lease.trial, reason)
         except (ServerUnreachable, ApiError) as error:
-            log.warning("trial %d could not be handed back (%s); its lease runs out by itself", lease.trial, error)
+            log.warning("trial %d could not be handed back (%s); %s", *self._left(lease, path, body, error))
+
+    def _left(self, lease: Lease, path: str, body: Any, error: Exception) -> tuple[int, Exception, str]:
+        """Leave a message that no server took to the next worker of this home; for the log, what becomes of it."""
+        if is_transient(error) and self._unsent.keep(self._client.url, path, body):
+            return lease.trial, error, "the next worker of this home tries again"
+        return lease.trial, error, "its lease runs out by itself"
 
     def release_unstarted(self, lease: Lease) -> None:
         """Hand back a lease that came when this process was already asked to stop."""

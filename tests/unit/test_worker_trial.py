@@ -18,6 +18,7 @@ from workers.client import Client
 from workers.siamese import Ended, MachineUnfit
 from workers.stop import Stop
 from workers.trial import Conductor, Leave
+from workers.unsent import Unsent
 
 Work = Callable[[Lease, Place, Callable[[EpochReport], Verdict], Callable[[], bool]], Ended]
 TOLD = {"study": 1, "trial": 3, "state": "complete", "value": 0.5}
@@ -37,7 +38,12 @@ def coordinator(seen: Seen) -> Reply:
 @contextmanager
 def conductor(server: Server, root: Path, train: Work, stop: Stop | None = None) -> Iterator[Conductor]:
     made = Conductor(
-        lambda: Client(server.url, "t"), stop or Stop(), Workload(train), Artifacts(root / "kept", root), threads=None
+        lambda: Client(server.url, "t"),
+        stop or Stop(),
+        Workload(train),
+        Artifacts(root / "kept", root),
+        Unsent(root),
+        threads=None,
     )
     yield made
     made._trainer.shutdown(wait=False, cancel_futures=True)
@@ -207,7 +213,10 @@ def test_asked_to_stop_it_checkpoints_reports_and_hands_the_trial_back(tmp_path:
     assert told(server) == [{"token": 70, "reason": "shutdown", "checkpoint_epoch": 2}]
 
 
-def test_asked_to_stop_while_no_server_answers_it_ends_in_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ended", [None, Ended("complete", 0.5)])
+def test_asked_to_stop_while_no_server_answers_it_ends_in_time_and_leaves_word(
+    tmp_path: Path, ended: Ended | None
+) -> None:
     stop = Stop()
     server = Server(coordinator)
     server.start()
@@ -218,12 +227,44 @@ def test_asked_to_stop_while_no_server_answers_it_ends_in_time(tmp_path: Path) -
     ) -> Ended:
         report(an_epoch(0))
         stop.request()
-        return until_interrupted(interrupt)
+        return ended or until_interrupted(interrupt)
 
     with conductor(server, tmp_path, train, stop) as conduct:
         began = time.monotonic()
         assert conduct.conduct(a_lease()) is None
         assert time.monotonic() - began < 10
+
+    server.start()
+    with Client(f"http://localhost:{server.url.rsplit(':')[-1]}", "t") as elsewhere:
+        Unsent(tmp_path).deliver(elsewhere)
+    assert told(server) == [], "what is meant for one server is told to no other"
+    for answer in ((503, refusal("away")), (200, TOLD)):
+        server.answer = lambda _, answer=answer: answer
+        with Client(server.url, "t") as client:
+            Unsent(tmp_path).deliver(client)
+            Unsent(tmp_path).deliver(client)
+    server.stop()
+    assert told(server) == [told(server)[0]] * 3, "the next worker says it, until it is answered"
+    assert server.seen[0].what == ("release" if ended is None else "tell")
+    assert not list((tmp_path / "unsent").iterdir())
+
+
+def test_a_release_that_came_too_late_is_forgotten(tmp_path: Path) -> None:
+    unsent = Unsent(tmp_path)
+    with (
+        serving(lambda _: (409, refusal("lease_lost", "it expired"))) as server,
+        Client(server.url, "t") as client,
+    ):
+        assert unsent.keep(client.url, "/api/v1/leases/7/release", {"token": 70, "reason": "shutdown"})
+        (note,) = (tmp_path / "unsent").iterdir()
+        assert note.stat().st_mode & 0o777 == 0o600
+        (tmp_path / "unsent/other.json").write_text("[")
+        unsent.deliver(client)
+        unsent.deliver(client)
+        assert len(server.seen) == 1
+    (tmp_path / "file").touch()
+    assert not Unsent(tmp_path / "file").keep("http://h", "/p", {}), "a home that cannot be written is no catastrophe"
+    Unsent(tmp_path / "file").deliver(client)
 
 
 def test_asked_to_stop_with_a_stuck_step_it_leaves_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
