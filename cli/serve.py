@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -118,6 +119,8 @@ def _serve(
         granted[_sha256(chosen.worker_token)] = Principal(
             id="environment:worker", role="worker", name="WHETSTONE_WORKER_TOKEN"
         )
+    local = home_token(chosen.home_dir)
+    granted[_sha256(local)] = Principal(id=f"home:{_sha256(local)[:12]}", role="worker", name="workers of this home")
     link = OneTimeLink()
     url = _url(chosen, listener)
     app = create_app(
@@ -140,7 +143,7 @@ def _serve(
 
     config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=3, lifespan="on")
     server = Server(config)
-    with Reaper(coordinator, chosen.term_s / 3), _noted(chosen.home_dir, url, admin):
+    with Reaper(coordinator, chosen.term_s / 3), _noted(chosen.home_dir, url, admin, local):
         threading.Thread(
             target=_announce, args=(server, url, admin, link.path, json_line), name="announce", daemon=True
         ).start()
@@ -156,16 +159,32 @@ def _sha256(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-@contextmanager
-def _noted(home: Path, url: str, token: str) -> Iterator[None]:
-    """Leave address and token in the home (0600), so that commands of the same user need no configuration."""
-    note = settings.server_note(home)
-    home.mkdir(parents=True, exist_ok=True)
-    fresh = note.with_suffix(f".{os.getpid()}")
+def home_token(home: Path) -> str:
+    """The token of this home's own workers: made once and kept, for a worker outlives the server that it works for."""
+    kept = home / "worker.token"
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        if len(secret := kept.read_text().strip()) >= 40:
+            return secret
+    secret = f"wst_{secrets.token_urlsafe(32)}"
+    _write_private(kept, secret + "\n")
+    return secret
+
+
+def _write_private(path: Path, text: str) -> None:
+    """Replace a file by one that only its user may read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(f".{os.getpid()}")
     fresh.unlink(missing_ok=True)
     with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        json.dump({"url": url, "token": token, "pid": os.getpid()}, file)
-    fresh.replace(note)
+        file.write(text)
+    fresh.replace(path)
+
+
+@contextmanager
+def _noted(home: Path, url: str, token: str, worker: str) -> Iterator[None]:
+    """Leave address and tokens in the home (0600), so that commands of the same user need no configuration."""
+    note = settings.server_note(home)
+    _write_private(note, json.dumps({"url": url, "token": token, "worker": worker, "pid": os.getpid()}))
     try:
         yield
     finally:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -75,10 +76,12 @@ def server_note(home: Path) -> Path:
     return home / "server.json"
 
 
-def address(settings: Settings, url: str | None = None, token: str | None = None) -> tuple[str, str]:
+def address(
+    settings: Settings, url: str | None = None, token: str | None = None, *, role: Literal["token", "worker"] = "token"
+) -> tuple[str, str]:
     """URL and token to talk to: the options, the environment, or the server that runs in the same home.
 
-    Raises `Invalid` where there is no token to be found.
+    Of the server's tokens `role` picks the admin's, which dies with it, or the home's workers', which does not. Raises `Invalid` where there is no token to be found.
     """
     noted: dict[str, str] = {}
     note = server_note(settings.home_dir)
@@ -90,7 +93,7 @@ def address(settings: Settings, url: str | None = None, token: str | None = None
     given = url or settings.url
     secret = token or settings.token
     if not secret and noted and (given is None or given.rstrip("/") == noted["url"].rstrip("/")):
-        return noted["url"], noted["token"]
+        return noted["url"], noted.get(role) or noted["token"]
     if not secret:
         remedy = "set WHETSTONE_TOKEN or pass --token; `whetstone token create NAME --role worker` makes one"
         raise Invalid([Fault("WHETSTONE_TOKEN", f"no token, and no server runs in {settings.home_dir}: {remedy}")])

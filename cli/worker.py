@@ -44,7 +44,7 @@ def worker(
     from workers.run import run
 
     chosen = settings.load()
-    where, secret = settings.address(chosen, url, token)
+    where, secret = settings.address(chosen, url, token, role="worker")
     try:
         code = run(
             where,

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from tests.faults.service import SPACE, TINY_SETTINGS
+from workers.client import ApiError, Client
 
 
 def environment(home: Path, **more: str) -> dict[str, str]:
@@ -170,6 +171,33 @@ def test_serve_prints_one_line_and_its_token_dies_with_it(server: Server, postgr
         assert server.token not in refused.stderr
     finally:
         again.stop()
+
+
+def test_a_worker_of_the_home_outlives_its_server(server: Server, postgres_url: str) -> None:
+    """The server is restarted: the worker's token is known as before, and its leases are still its own."""
+    note = server.home / "server.json"
+    secret, admin = (json.loads(note.read_text())[role] for role in ("worker", "token"))
+    assert (server.home / "worker.token").stat().st_mode & 0o777 == 0o600
+    with Client(server.url, admin) as client:
+        number = client.post("/api/v1/studies", json=yaml.safe_load(study()))["study"]
+    with Client(server.url, secret) as client:
+        lease = client.post("/api/v1/claims", json={"worker": "w1"})
+        with pytest.raises(ApiError) as refused:
+            client.post("/api/v1/studies", json=yaml.safe_load(study("other")))
+        assert refused.value.status == 403
+    server.stop()
+    again = Server(server.home, postgres_url)
+    try:
+        assert again.token != server.token
+        with Client(again.url, secret) as client:
+            body = {"token": lease["token"], "reports": [{"epoch": 0, "value": 0.5}]}
+            assert client.post(f"/api/v1/leases/{lease['lease']}/report", json=body)["verdict"] == "go_on"
+        assert again("worker", "--once", "--device", "cpu", "--threads", "1").returncode == 0, "found without a token"
+        with Client(again.url, again.token) as client:
+            assert client.get(f"/api/v1/studies/{number}")["counts"]["complete"] == 1
+    finally:
+        again.process.kill()
+        again.process.wait()
 
 
 def test_tokens_are_made_listed_and_revoked(server: Server, postgres_url: str) -> None:
