@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 import threading
 import uuid
 from collections.abc import Callable
@@ -79,7 +80,9 @@ Kept = Callable[[int], None]
 
 
 class Artifacts:
-    """The artifacts root of one worker process. Raises `ArtifactsUnusable` if nothing can be written there."""
+    """The artifacts root of one worker process. Raises `ArtifactsUnusable` for a directory that cannot be written, and
+    for a URL of a kind that is not installed here; whether a store answers shows with the first checkpoint.
+    """
 
     def __init__(self, root: str | Path, scratch: Path) -> None:
         self.root = str(root)
@@ -91,6 +94,8 @@ class Artifacts:
             self._local = Path(self.root).expanduser().absolute()
             try:
                 self._local.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=self._local):
+                    pass
             except OSError as error:
                 raise ArtifactsUnusable(
                     f"cannot write checkpoints to {self._local} ({error.strerror}): set WHETSTONE_ARTIFACTS"

@@ -198,6 +198,39 @@ def test_training_does_not_wait_for_a_place_that_is_away(tmp_path: Path, caplog:
     place.close()
 
 
+def test_a_newer_checkpoint_saved_while_an_upload_fails_wins(
+    tmp_path: Path, memory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The upload under way belongs to epoch 1; epoch 2 is saved before it fails, and must not be overwritten by it."""
+    kept: list[int] = []
+    place = Artifacts(memory, tmp_path / "scratch").open(NAME, kept.append)
+    fs, base = fsspec.core.url_to_fs(memory)
+    under_way, saved = threading.Event(), threading.Event()
+    real = fs.put_file
+    tries: list[str] = []
+
+    def put_file(local: str, remote: str) -> None:
+        tries.append(Path(local).read_text())
+        if len(tries) == 1:
+            under_way.set()
+            assert saved.wait(10)
+            raise OSError("the connection broke")
+        real(local, remote)
+
+    monkeypatch.setattr(fs, "put_file", put_file)
+    write(place.path, "last", "epoch 1")
+    place.saved("last", 1)
+    assert under_way.wait(10)
+    write(place.path, "last", "epoch 2")
+    place.saved("last", 2)
+    saved.set()
+    assert place.finish(10)
+    assert kept == [2]
+    assert tries[1:] == ["epoch 2", "epoch 2"], "what was overtaken is not sent again"
+    assert fs.cat_file(f"{base}/{NAME}/last.json") == b"epoch 2"
+    place.close()
+
+
 def test_what_a_dead_process_left_in_the_scratch_folder_is_removed(tmp_path: Path, memory: str) -> None:
     scratch = tmp_path / "scratch"
     (scratch / "dead" / "studies").mkdir(parents=True)
@@ -215,6 +248,8 @@ def test_an_unusable_root_is_named_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(ArtifactsUnusable, match="WHETSTONE_ARTIFACTS") as caught:
         Artifacts(tmp_path / "file" / "artifacts", tmp_path)
     assert "\n" not in str(caught.value)
+    with pytest.raises(ArtifactsUnusable, match="WHETSTONE_ARTIFACTS"):
+        Artifacts("/proc", tmp_path)  # a folder that is there, and takes no file of anybody's
     with pytest.raises(ArtifactsUnusable, match="nosuchscheme"):
         Artifacts("nosuchscheme://bucket", tmp_path / "scratch")
 
