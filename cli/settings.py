@@ -81,7 +81,8 @@ def address(
 ) -> tuple[str, str]:
     """URL and token to talk to: the options, the environment, or the server that runs in the same home.
 
-    Of the server's tokens `role` picks the admin's, which dies with it, or the home's workers', which does not. Raises `Invalid` where there is no token to be found.
+    Of the server's tokens `role` picks the admin's, which dies with it, or the home's workers', which does not. Raises
+    `Invalid` where there is no token to be found.
     """
     noted: dict[str, str] = {}
     note = server_note(settings.home_dir)
