@@ -23,13 +23,12 @@ from hpo.database import transaction
 from hpo.errors import Fault, Invalid, NotFound
 from hpo.history import History
 from hpo.protocol import Workload
-from hpo.space import MAX_INTEGER
-from hpo.spec import StudySpec, parse
+from hpo.spec import StudySpec, cannot_sample, load
 from hpo.storage import PostgresStorage
 
 log = logging.getLogger("whetstone")
 
-SPEC = sa.text("SELECT spec, workload FROM whetstone.studies WHERE study_id = :study")
+SPEC = sa.text("SELECT spec FROM whetstone.studies WHERE study_id = :study")
 EXISTS = sa.text("SELECT 1 FROM whetstone.studies WHERE study_id = :study")
 
 
@@ -50,16 +49,6 @@ class Known:
         """The seed of one trial: a function of the study's seed and the number, below 2^31."""
         digest = hashlib.blake2b(f"{self.spec.seed}/{number}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") % 2**31
-
-
-class _AsStored:
-    """Stands in for a workload when a stored spec is read again: it was checked when it was launched."""
-
-    def check(self, settings: Mapping[str, Any]) -> tuple[Fault, ...]:
-        return ()
-
-    def feasible(self, point: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
-        return None
 
 
 class Desk:
@@ -99,14 +88,15 @@ class Desk:
             raise missing(study)
         if found is not None:
             return found
-        document, workloads = _as_floats(stored.spec), {stored.workload: _AsStored()}
-        unusable = ""
+        # It could be sampled where it was launched (a GP needs torch); it can be read, told and stopped here.
         try:
-            spec = parse(document, workloads)
-        except Invalid as error:
-            # It could be sampled where it was launched (a GP needs torch); it can be read, told and stopped here.
-            unusable = "; ".join(str(fault) for fault in error.faults)
-            spec = parse(document | {"sampler": "random", "pruner": "none"}, workloads)
+            spec = load(stored.spec)
+            faults = cannot_sample(spec)
+        except Invalid as error:  # launched by a release that knows other samplers
+            spec = load(stored.spec | {"sampler": "random", "pruner": "none"})
+            faults = list(error.faults)
+        unusable = "; ".join(str(fault) for fault in faults)
+        if unusable:
             log.error("study %d cannot be sampled on this server: %s", study, unusable)
         with self._guard:
             return self._known.setdefault(study, self.fresh(study, spec, unusable))
@@ -119,15 +109,6 @@ class Desk:
         """Drop what is known of a study that was deleted."""
         with self._guard:
             self._known.pop(study, None)
-
-
-def _as_floats(stored: Any) -> Any:
-    """Return stored JSON with its large numbers as floats again: JSONB writes 1e20 out as an integer."""
-    if isinstance(stored, dict):
-        return {key: _as_floats(value) for key, value in stored.items()}
-    if isinstance(stored, list):
-        return [_as_floats(value) for value in stored]
-    return float(stored) if type(stored) is int and abs(stored) > MAX_INTEGER else stored
 
 
 def missing(study: int) -> NotFound:

@@ -151,7 +151,7 @@ def _read(document: object, workloads: Mapping[str, Workload] | None, faults: li
     sampler, sampler_faults = _choice(SAMPLERS, given.get("sampler", "tpe"), "sampler")
     pruner, pruner_faults = _choice(PRUNERS, given.get("pruner", "none"), "pruner")
     if sampler is not None and workloads is not None:
-        sampler_faults += _serves(sampler, space)
+        sampler_faults += _misfits(sampler, space)
     if pruner is not None:
         pruner_faults += _halving_faults(pruner)
     part_faults = space_faults + sampler_faults + pruner_faults
@@ -297,7 +297,12 @@ def _workload(given: Mapping[str, Any], workloads: Mapping[str, Workload]) -> tu
     return workloads.get(name), []
 
 
-def _serves(sampler: Choice, space: SearchSpace | None) -> list[Fault]:
+def cannot_sample(spec: StudySpec) -> list[Fault]:
+    """Name why this machine cannot sample for a study that was launched, perhaps on another one."""
+    return _misfits(spec.sampler, spec.space)
+
+
+def _misfits(sampler: Choice, space: SearchSpace | None) -> list[Fault]:
     """Name why a sampler cannot work here, or with these options."""
     options, faults = sampler.options, []
     if sampler.name == "gp" and importlib.util.find_spec("torch") is None:

@@ -36,7 +36,7 @@ def add_trial(study: StudyId, hpo: Hpo, sent: Document, once: OnceOnly) -> Trial
     """Queue a point of one's own, or (with a value or an outcome) record a finished trial."""
 
     def judge(document: object) -> None:
-        spec.parse_trial(document, spec.parse(hpo.get_study(study).spec, hpo.workloads), hpo.workloads)
+        spec.parse_trial(document, spec.load(hpo.get_study(study).spec), hpo.workloads)
 
     return hpo.add_trial(study, sent.checked_by(judge), once)
 

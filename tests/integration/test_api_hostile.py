@@ -244,6 +244,17 @@ def test_nan_in_a_spec_is_named_beside_its_other_faults(client: TestClient) -> N
     assert client.get("/api/v1/studies").json()["items"][0]["name"] == "branin"
 
 
+def test_a_faulty_point_is_told_its_own_faults_and_not_the_studys(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = client.post("/api/v1/studies", json=BRANIN | {"name": "gp", "sampler": "gp"}).json()["study"]
+    monkeypatch.setattr("hpo.spec.importlib.util.find_spec", lambda name: None)  # torch is gone
+    body = json.dumps({"params": {"x": float("nan")}, "value": 1.0})
+    answer = client.post(f"/api/v1/studies/{made}/trials", content=body, headers=JSON)
+    assert {each["at"] for each in answer.json()["error"]["details"]} == {"params.x"}
+    client.delete(f"/api/v1/studies/{made}")
+
+
 @pytest.mark.parametrize(
     "header",
     [

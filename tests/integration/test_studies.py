@@ -385,6 +385,16 @@ def test_a_study_that_this_server_cannot_sample_is_read_and_told_all_the_same(
     assert after.get_study(made.study).state == "running"
 
 
+def test_a_study_whose_sampler_this_release_does_not_know_is_read_all_the_same(engine: sa.Engine) -> None:
+    made = coordinator(engine).create_study(study())
+    with engine.begin() as conn:
+        conn.execute(sa.text("UPDATE whetstone.studies SET spec = jsonb_set(spec, '{sampler,name}', '\"anneal\"')"))
+    after = coordinator(engine)
+    assert after.list_studies().items[0].sampler == "anneal"
+    with pytest.raises(Conflict, match="there is no sampler 'anneal'"):
+        ask(after, made.study)
+
+
 def test_stats_count_what_is_there_and_what_was_called(engine: sa.Engine) -> None:
     desk = coordinator(engine)
     desk.create_study(study())
