@@ -20,7 +20,7 @@ import sqlalchemy as sa
 from optuna.trial import TrialState
 
 from hpo import events, fleet, rows, statements, studies, trials, writing
-from hpo.desk import Desk, Known, lock, log
+from hpo.desk import Desk, Known, lock, log, storable
 from hpo.errors import Conflict, DatabaseUnavailable, KeyReused, NotFound
 from hpo.idempotency import Once, answered, guard
 from hpo.protocol import MAX_WAIT_S, AskRequest, ClaimRequest, Lease, Value
@@ -257,10 +257,12 @@ def _impossible(desk: Desk, known: Known, head: Head) -> str | None:
 
 
 def _refuse(desk: Desk, known: Known, head: Head, why: str) -> None:
-    """Fail a queued trial that can never be leased."""
+    """Fail a queued trial that can never be leased, unless stock Optuna has taken it meanwhile."""
     with desk.transaction() as conn:
         lock(conn, known.study)
-        conn.execute(statements.LOCK_TRIAL, {"trial_id": head.trial_id})
+        trial = conn.execute(statements.LOCK_TRIAL, {"trial_id": head.trial_id}).one_or_none()
+        if trial is None or trial.state != "WAITING":
+            return
         writing.fail(conn, head.trial_id, f"never leased: {why}")
         studies.settle(conn, known)
         events.notify(conn, "trial", known.study)
@@ -276,7 +278,7 @@ def _failed(desk: Desk, known: Known, error: Exception) -> str:
         with desk.transaction() as conn:
             if lock(conn, known.study).state == "running":
                 reason = f"paused after {FAILURES_BEFORE_PAUSE} failures in a row; {why}"
-                studies.set_state(conn, known.study, "paused", reason[:500])
+                studies.set_state(conn, known.study, "paused", storable(reason[:500]))
                 events.notify(conn, "study", known.study)
     return why
 

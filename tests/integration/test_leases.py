@@ -6,12 +6,14 @@ import contextlib
 import math
 import threading
 import time
+from typing import Any
 
 import optuna
 import pytest
 import sqlalchemy as sa
 from optuna.trial import TrialState
 
+from hpo import leases
 from hpo.errors import Conflict, Invalid, LeaseLost, NotFound
 from hpo.protocol import EpochReport, ReportRequest, Verdict
 from tests.integration.leases_harness import (
@@ -135,14 +137,32 @@ def test_points_that_stock_optuna_enqueued_are_leased(engine: sa.Engine) -> None
     assert stock(engine).trials[0].params["x"] == 0.125
 
 
+def test_an_impossible_point_that_stock_optuna_took_meanwhile_is_left_to_it(
+    engine: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = coordinator(engine)
+    desk.create_study(study())
+    theirs = stock(engine)
+    theirs.enqueue_trial({"x": 7.0})
+    judge = leases._impossible
+
+    def judge_too_late(*args: Any) -> str | None:
+        assert theirs.ask().number == 0
+        return judge(*args)
+
+    monkeypatch.setattr(leases, "_impossible", judge_too_late)
+    assert must_claim(desk).trial == 1
+    assert stock(engine).trials[0].state == TrialState.RUNNING
+
+
 def test_an_impossible_point_is_never_leased(engine: sa.Engine) -> None:
     desk = coordinator(engine, ball=Ball(limit=0.1))
     made = desk.create_study(study())
     stock(engine).enqueue_trial({"x": 0.9, "eta[conv]": 0.01, "eta[fc]": 0.01})
     stock(engine).enqueue_trial({"x": 7.0})
-    leases = [must_claim(desk) for _ in range(20)]
-    assert [lease.trial for lease in leases] == list(range(2, 22))
-    assert all(lease.params["x"] < 0.1 for lease in leases)  # type: ignore[operator]
+    held = [must_claim(desk) for _ in range(20)]
+    assert [lease.trial for lease in held] == list(range(2, 22))
+    assert all(lease.params["x"] < 0.1 for lease in held)  # type: ignore[operator]
     refused = [desk.get_trial(made.study, n) for n in (0, 1)]
     assert [trial.state for trial in refused] == ["failed", "failed"]
     assert "x must be below 0.1" in refused[0].reason
