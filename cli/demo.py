@@ -39,6 +39,8 @@ COORDINATOR_METRIC = re.compile(
 )
 HOME = Path(".whetstone")
 TOP = 3
+LOOK_EVERY_S = 5.0
+"""How often the study is asked for where no trial has finished; the trials are looked at every second."""
 
 
 class DemoFailed(WhetstoneError):
@@ -192,7 +194,7 @@ def _start_server(parts: Parts) -> tuple[str, str]:
             "WHETSTONE_HOME": str(parts.home),
             "WHETSTONE_ARTIFACTS": str(parts.home / "artifacts"),
             "WHETSTONE_LEASE_TERM_S": "10",
-            "WHETSTONE_HEARTBEAT_S": "2",
+            "WHETSTONE_HEARTBEAT_S": "3",
             "DATABASE_URL": "",
         },
     )
@@ -254,16 +256,19 @@ def _watch(client: Client, parts: Parts, study: int) -> None:
     path = f"/api/v1/studies/{study}"
     began, shown = time.monotonic(), set[int]()
     at_start: int | None = None
+    item: dict[str, Any] = {}
+    asked, seen = 0.0, -1
     with Live(console=output.out, refresh_per_second=4, transient=True) as live:
         while True:
             parts.check()
             try:
-                item = client.get(path)
                 trials = list(client.pages(f"{path}/trials"))
+                over = [t for t in trials if t["state"] in demo_view.FINISHED]
+                if len(over) != seen or time.monotonic() > asked + LOOK_EVERY_S:
+                    item, asked, seen = client.get(path), time.monotonic(), len(over)
             except ServerUnreachable:
                 time.sleep(0.5)
                 continue
-            over = [t for t in trials if t["state"] in demo_view.FINISHED]
             if at_start is None:
                 at_start = len(over)
                 shown.update(t["trial"] for t in over)
