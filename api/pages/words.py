@@ -55,7 +55,7 @@ MEANINGS = {
     "finished": "its budget is used up",
     "idle": "asks for work",
     "busy": "trains a trial",
-    "draining": "finishes its trial and then exits",
+    "draining": "finishes its trial and gets no other",
     "silent": "has not been heard of lately",
 }
 

@@ -309,7 +309,10 @@ def test_a_worker_is_drained(admin: TestClient, hpo: Coordinator) -> None:
     action = re.search(r'action="(/workers/[^"]+/drain)"', page)
     assert action is not None
     assert admin.post(action[1]).status_code == 303
-    assert "draining" in text_of(admin.get("/workers").text)
+    page = admin.get("/workers").text
+    assert "draining" in text_of(page)
+    assert "gets no other" in page
+    assert "exits" not in page, "it stays, idle"
 
 
 # What they refuse
