@@ -34,7 +34,7 @@ from hpo.protocol import (
     Workload,
 )
 from hpo.tokens import Principal
-from hpo.views import TRIAL_STATES, Page, ProgressPoint, StudyView, TrialDetail, TrialView, WorkerView
+from hpo.views import STUDY_STATES, TRIAL_STATES, Page, ProgressPoint, StudyView, TrialDetail, TrialView, WorkerView
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -249,7 +249,7 @@ class Coordinator:
             calls = {name: {"count": count, "seconds": seconds} for name, (count, seconds) in self._calls.items()}
         return {
             "trials": counts,
-            "studies": {state: list(states.values()).count(state) for state in studies.STUDY_STATES},
+            "studies": {state: list(states.values()).count(state) for state in STUDY_STATES},
             "workers": workers,
             "leases": live,
             "calls": calls,

@@ -2,7 +2,7 @@
 
 Invariant: every call is part of the transaction this thread has open on the engine (`database.transaction`), or one of
 its own: so Optuna's rows, ours and the lease commit together. Nothing is cached: what is read is what is stored. The
-statements for whole trials, which the hot paths call directly, stand in `hpo/rows.py` and are exported from here too.
+statements for whole trials, which the hot paths call directly, stand in `hpo/rows.py`.
 """
 
 from __future__ import annotations
@@ -28,31 +28,14 @@ from sqlalchemy import Connection, Engine
 
 from hpo.database import connect, transaction
 from hpo.rows import (
-    Parameter,
-    add_params,
     finish_trial,
     insert_trial,
-    lock_study,
     move_trial,
     read_trials,
     read_trials_by_id,
     set_reports,
     set_system_attrs,
 )
-
-__all__ = [
-    "Parameter",
-    "PostgresStorage",
-    "add_params",
-    "finish_trial",
-    "insert_trial",
-    "lock_study",
-    "move_trial",
-    "read_trials",
-    "read_trials_by_id",
-    "set_reports",
-    "set_system_attrs",
-]
 
 _INSERT_STUDY = sa.text("""
     WITH study AS (

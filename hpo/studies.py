@@ -21,9 +21,8 @@ from hpo.desk import Desk, Known, lock, missing, one_fault, storable
 from hpo.errors import Conflict
 from hpo.idempotency import Once, answered, guard
 from hpo.spec import UNSET, StudyChange, StudySpec, dump, parse, parse_change
-from hpo.views import TRIAL_STATES, BudgetView, Page, StudyView
+from hpo.views import STUDY_STATES, TRIAL_STATES, BudgetView, Page, StudyView
 
-STUDY_STATES = ("running", "paused", "stopped", "finished")
 _ALLOWED = {
     "running": ("paused", "stopped"),
     "paused": ("running", "stopped"),

@@ -6,13 +6,14 @@ They are shaped for JSON (ISO times in UTC, parameters nested by label) and are 
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 from hpo.protocol import Point, Wire
 
 StudyState = Literal["running", "paused", "stopped", "finished"]
+STUDY_STATES: tuple[StudyState, ...] = get_args(StudyState)
 TrialState = Literal["queued", "leased", "complete", "infeasible", "pruned", "failed", "cancelled"]
-TRIAL_STATES: tuple[TrialState, ...] = ("queued", "leased", "complete", "infeasible", "pruned", "failed", "cancelled")
+TRIAL_STATES: tuple[TrialState, ...] = get_args(TrialState)
 
 T = TypeVar("T")
 

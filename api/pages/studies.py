@@ -15,12 +15,11 @@ from api.pages.base import Cursor, Hpo, Number, Study, router
 from api.pages.render import POLL_S, live, page
 from hpo import yaml_document
 from hpo.errors import Fault, Invalid
-from hpo.views import TRIAL_STATES, ProgressPoint, StudyState, StudyView, TrialState
+from hpo.views import STUDY_STATES, TRIAL_STATES, ProgressPoint, StudyState, StudyView, TrialState
 
 routes = router()
 
 TABS = (("", "Overview"), ("trials", "Trials"), ("queue", "Queue"), ("config", "Configuration"))
-STUDY_STATES = ("running", "paused", "stopped", "finished")
 ROWS = 50
 TABLE_POINTS = 100
 IDLE_POLL_S = 10

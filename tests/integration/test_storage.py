@@ -22,8 +22,7 @@ from sqlalchemy import Connection, Engine
 
 from hpo import database
 from hpo.database import transaction
-from hpo.storage import (
-    PostgresStorage,
+from hpo.rows import (
     add_params,
     finish_trial,
     insert_trial,
@@ -34,6 +33,7 @@ from hpo.storage import (
     set_reports,
     set_system_attrs,
 )
+from hpo.storage import PostgresStorage
 
 PARAMS = {
     "eta[conv1]": (0.01, FloatDistribution(1e-4, 1e-1, log=True)),
