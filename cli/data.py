@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TimeRemainingColumn
 
 from cli import output, settings
 from cli.remote import Json
@@ -23,7 +24,20 @@ def fetch(
     from model import fetch as fetching
 
     chosen = settings.load()
-    fetching.fetch(root or chosen.data_root, home=chosen.home_dir, notify=output.say)
+    where = root or chosen.data_root
+    if not output.err.is_terminal:  # in a log, a line for each quarter of a file
+        fetching.fetch(where, home=chosen.home_dir, notify=output.say)
+        return
+    columns = ("[progress.description]{task.description}", BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=output.err, transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def progress(name: str, done: int, total: int | None) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(output.escape(name))
+            bars.update(tasks[name], completed=done, total=total)
+
+        fetching.fetch(where, home=chosen.home_dir, progress=progress, notify=output.say)
 
 
 @app.command()

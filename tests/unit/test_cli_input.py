@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
-from cli import main
+from cli import main, output
 from cli.study import _assign, read_document
 from hpo.errors import Invalid
+from model.download import Progress
 from tests.unit.test_model_recipe import GOOD
 
 
@@ -51,3 +55,20 @@ def test_a_device_that_is_not_here_is_one_line_and_exit_1(
         said = capsys.readouterr().err
         assert "--device" in said
         assert len(said.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_person_at_a_terminal_sees_how_far_a_file_is(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(output, "err", Console(file=shown, force_terminal=terminal, width=100))
+
+    def fetch(root: Path, *, home: Path, notify: Callable[[str], None], progress: Progress | None = None) -> None:
+        if progress is not None:
+            progress("images_background.zip", 0, None)
+            progress("images_background.zip", 3_000_000, 9_000_000)
+        notify("Omniglot: fetched")
+
+    monkeypatch.setattr("model.fetch.fetch", fetch)
+    assert main.run(["data", "fetch"]) == 0
+    assert "fetched" in shown.getvalue()
+    assert ("3.0/9.0 MB" in shown.getvalue()) == terminal
