@@ -17,20 +17,22 @@ RUN python3 -m venv /opt/venv \
  && chown whetstone:whetstone "$WHETSTONE_HOME" "$WHETSTONE_ARTIFACTS"
 WORKDIR /app
 
+FROM scratch AS source
+COPY pyproject.toml constraints.txt README.md LICENSE /
+COPY hpo /hpo
+COPY model /model
+COPY workers /workers
+COPY api /api
+COPY cli /cli
+COPY presets /presets
+
 FROM base AS cpu
 ARG TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 RUN pip install -qq torch==2.13.0 ${TORCH_CPU_INDEX:+--index-url "$TORCH_CPU_INDEX"}
-COPY constraints.txt ./
 
 # The coordinator's GP sampler fits its kernel with torch, so this image holds the CPU build too.
 FROM cpu AS api
-COPY pyproject.toml README.md LICENSE ./
-COPY hpo hpo
-COPY model model
-COPY workers workers
-COPY api api
-COPY cli cli
-COPY presets presets
+COPY --from=source / ./
 RUN pip install -qq --constraint constraints.txt '.[server]'
 USER whetstone
 EXPOSE 8000
@@ -39,12 +41,7 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=6 \
 CMD ["whetstone", "serve", "--host", "0.0.0.0"]
 
 FROM cpu AS worker
-COPY pyproject.toml README.md LICENSE ./
-COPY hpo hpo
-COPY model model
-COPY workers workers
-COPY cli cli
-COPY presets presets
+COPY --from=source / ./
 RUN pip install -qq --constraint constraints.txt '.[worker]'
 USER whetstone
 CMD ["whetstone", "worker"]
@@ -52,13 +49,7 @@ CMD ["whetstone", "worker"]
 FROM base AS worker-cuda
 ARG TORCH_CUDA_INDEX=https://download.pytorch.org/whl/cu130
 RUN pip install -qq torch==2.13.0 ${TORCH_CUDA_INDEX:+--index-url "$TORCH_CUDA_INDEX"}
-COPY constraints.txt ./
-COPY pyproject.toml README.md LICENSE ./
-COPY hpo hpo
-COPY model model
-COPY workers workers
-COPY cli cli
-COPY presets presets
+COPY --from=source / ./
 RUN pip install -qq --constraint constraints.txt '.[worker]'
 USER whetstone
 CMD ["whetstone", "worker", "--device", "cuda"]
