@@ -195,10 +195,12 @@ class EmbeddedPostgres:
             ["-D", str(place.unfinished), "--username", USER, "--auth=trust", "--no-instructions", *_LOCALE],
         )
         # initdb wants the password in a file it can read; nothing listens yet, so the rule can follow.
-        (place.unfinished / "pg_hba.conf").write_text("local all all scram-sha-256\n")
+        rule = place.unfinished / "pg_hba.conf"
+        rule.write_text("local all all scram-sha-256\n")
+        _sync(rule)  # a power cut must not leave it empty in a folder that looks done: nobody could ever log in
         self._set_password(place.unfinished, f"CREATE DATABASE {DATABASE};\n")
         place.unfinished.rename(place.data)
-        _sync_folder(place.folder)
+        _sync(place.folder)
 
     def _set_password(self, data: Path, more: str = "") -> None:
         """Draw a password and store it in the server (in single-user mode, so that there never is one without)."""
@@ -335,8 +337,9 @@ def _how_it_ended(code: int) -> str:
     return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

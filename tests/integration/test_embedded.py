@@ -425,3 +425,18 @@ def test_it_serves_a_whole_database_of_ours(home: Path) -> None:
         database.upgrade(engine)
         assert database.check(engine) == "current"
         engine.dispose()
+
+
+def test_what_lets_us_in_is_on_the_disk_before_the_folder_looks_done(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def spy(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(embedded.os, "fsync", spy)
+    with EmbeddedPostgres(home, settings=FAST):
+        assert synced == ["pg_hba.conf", "password.new", "postgres"]
