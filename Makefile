@@ -11,7 +11,7 @@ TORCH := torch==2.13.0
 T ?= tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench clean
+.PHONY: help install demo test lint format
 
 help:
 	@sed -n '1,4s/^# \{0,1\}//p' Makefile
