@@ -32,12 +32,13 @@ TAKEN = sa.text("""
       AND last_seen > clock_timestamp() - make_interval(secs => :silent_s)
 """)
 
-# A worker introduces itself: what it was before is forgotten, a wish to drain it too.
+# A worker introduces itself: what it was before is forgotten, and unless it is the same process a wish to drain it too.
 HELLO = sa.text("""
-    INSERT INTO whetstone.workers (name, host, device, memory_bytes, version, bearer)
+    INSERT INTO whetstone.workers AS w (name, host, device, memory_bytes, version, bearer)
     VALUES (:name, :host, :device, :memory_bytes, :version, :bearer)
     ON CONFLICT (name) DO UPDATE SET host = excluded.host, device = excluded.device, version = excluded.version,
-        memory_bytes = excluded.memory_bytes, bearer = excluded.bearer, draining = false, last_seen = clock_timestamp()
+        memory_bytes = excluded.memory_bytes, bearer = excluded.bearer, draining = w.draining AND :again,
+        last_seen = clock_timestamp()
 """)
 
 HAS = sa.text("SELECT device FROM whetstone.workers WHERE name = :name AND host = :host")
@@ -95,6 +96,7 @@ def hello(desk: Desk, request: WorkerHello, principal: Principal) -> WorkerPlace
             "memory_bytes": request.memory_bytes,
             "version": storable(request.version),
             "bearer": principal.id,
+            "again": request.again,
         }
         conn.execute(HELLO, me | about)
         events.notify(conn, "worker", None)

@@ -52,6 +52,8 @@ class WorkerHello(Wire):
     devices: list[Text] = Field(default_factory=list, max_length=64)
     version: Text = ""
     memory_bytes: int | None = Field(default=None, ge=0, lt=2**53)
+    again: bool = False
+    """The same process asks once more, after an outage or for want of a device: a wish to drain it stands."""
 
 
 class WorkerPlace(Wire):

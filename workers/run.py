@@ -107,7 +107,7 @@ class Worker:
         while True:
             lease, late = self._claim(place, conductor)
             if lease is None:  # the server was away for long: is the device still ours?
-                place = self._introduce([place], insist=True)
+                place = self._introduce([place], insist=True, again=True)
                 continue
             leave = conductor.conduct(lease, confirm=late)
             if leave is not None:
@@ -118,7 +118,7 @@ class Worker:
                 conductor.close()
                 return None
 
-    def _introduce(self, allowed: list[Device], *, insist: bool) -> Device:
+    def _introduce(self, allowed: list[Device], *, insist: bool, again: bool = False) -> Device:
         """Say who we are and get a device of our own; where all are taken, wait for one (unless this one was named)."""
         hello = WorkerHello(
             worker=self._name,
@@ -126,6 +126,7 @@ class Worker:
             devices=[device.id for device in allowed],
             version=self._version,
             memory_bytes=allowed[0].memory_bytes,
+            again=again,
         )
         said = False
         while True:
@@ -141,6 +142,7 @@ class Worker:
                 log.warning(
                     "all %d CUDA devices of this machine belong to other workers: waiting for one", len(allowed)
                 )
+            hello = hello.model_copy(update={"again": True})
             self._stop.sleep(5.0)
 
     def _ask(self, path: str, body: Any) -> Any:

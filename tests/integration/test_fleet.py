@@ -85,6 +85,17 @@ def test_workers_without_a_device_and_on_cpu_are_welcome(engine: sa.Engine) -> N
     assert hello(desk, "w3", devices=["cpu"]) == "cpu"
 
 
+def test_a_drained_worker_stays_so_through_an_outage_until_it_is_started_anew(engine: sa.Engine) -> None:
+    desk = coordinator(engine)
+    desk.create_study(study())
+    hello(desk, "w1", devices=["GPU-a"])
+    desk.drain_worker("w1")
+    desk.hello(WorkerHello(worker="w1", host="h1", devices=["GPU-a"], again=True), ALICE)
+    assert claim(desk, "w1") is None, "the same process asked for its device again"
+    hello(desk, "w1", devices=["GPU-a"])
+    assert claim(desk, "w1") is not None
+
+
 def test_a_drained_worker_finishes_its_trial_and_gets_no_other(engine: sa.Engine) -> None:
     desk = coordinator(engine)
     made = desk.create_study(study())
