@@ -42,13 +42,6 @@ _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"), list("-+.0123456789")
 )
-YAML_FAULTS = (yaml.YAMLError, ValueError, RecursionError, TypeError)
-"""What `parse` raises for what is no YAML."""
-
-
-def parse(text: str | bytes) -> Any:
-    """Any YAML or JSON as people write it. Raises one of `YAML_FAULTS`."""
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
 
 
 def load_recipe(path: Path | str) -> tuple[dict[str, Any], dict[str, Any], int]:
@@ -85,8 +78,8 @@ def _read(path: Path) -> dict[Any, Any]:
     if len(data) > _LARGEST:
         raise Refused([Fault(str(path), "is larger than 1 MB; a recipe is a few lines")])
     try:
-        document = parse(data)
-    except YAML_FAULTS as fault:
+        document = yaml.load(data, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as fault:
         first = " ".join(str(fault).split()) if isinstance(fault, yaml.MarkedYAMLError) else "not YAML"
         raise Refused([Fault(str(path), f"is not readable as YAML: {first}")]) from fault
     if not isinstance(document, dict):
