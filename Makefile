@@ -1,7 +1,9 @@
 # Whetstone: everything a person runs, from a fresh checkout with Python 3.11 and make.
 #   make demo [SERVE=1] [JSON=FILE]   a whole study, live, in a few minutes
-#   make test [T=tests/unit]          the test suite
-# TORCH_INDEX_URL=https://download.pytorch.org/whl/cu130 picks another index of torch builds.
+#   make test [T=tests/unit]          the tests, or some of them
+#   make install                      only the virtual environment, in .venv
+#   make lint | make format           what must hold before anything lands | let ruff tidy up
+# Each does its own set-up. PYTHON=python3.12 picks a Python, TORCH_INDEX_URL=https://... an index of torch builds.
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,7 +16,7 @@ T ?= tests
 .PHONY: help install demo test lint format
 
 help:
-	@sed -n '1,4s/^# \{0,1\}//p' Makefile
+	@sed -n '1,6s/^# \{0,1\}//p' Makefile
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (about a minute the first time)"
