@@ -30,6 +30,7 @@ from hpo.errors import WhetstoneError
 if TYPE_CHECKING:
     import subprocess
 
+    from model.dataset import Choice
     from model.drawings import Dataset
     from workers.client import Client
 
@@ -121,7 +122,11 @@ def _run(
     dataset = _prepare(chosen)
     url, token = _start_server(parts)
     with Client(url, token) as client:
-        study = _launch(client, trials)
+        study = _launch(client, trials, dataset.name)
+        begun_on = study["spec"]["settings"].get("data", dataset.name)
+        if begun_on != dataset.name:
+            output.say(f"This study began on {begun_on} and goes on with it; --fresh begins anew on {dataset.name}.")
+            dataset = _prepare(chosen, begun_on)
         output.out.print(f"  pages     {_sign_in_link(client)}   (opens once)", soft_wrap=True)
         output.out.print(f"  files     {output.escape(os.path.relpath(parts.home))}/\n")
         if study["state"] not in ("finished", "stopped"):
@@ -162,12 +167,12 @@ def _forget(home: Path) -> None:
         shutil.rmtree(home / name, ignore_errors=True)
 
 
-def _prepare(chosen: settings.Settings) -> Dataset:
+def _prepare(chosen: settings.Settings, source: Choice = "auto") -> Dataset:
     """Load (the first time: pack) the data, so that no worker has to."""
     from model import dataset
 
     with output.err.status("Preparing the data ..."):
-        loaded = dataset.load(28, source="auto", data_root=chosen.data_root, home=chosen.home_dir, notify=output.say)
+        loaded = dataset.load(28, source=source, data_root=chosen.data_root, home=chosen.home_dir, notify=output.say)
     characters, drawers = loaded.train.images.shape[:2]
     output.out.print(
         f"  data      {loaded.name}, {characters} characters x {drawers} drawers to train on, 28 x 28 pixels"
@@ -223,7 +228,7 @@ def _start_worker(parts: Parts, number: int, url: str, token: str) -> None:
     )
 
 
-def _launch(client: Client, trials: int | None) -> dict[str, Any]:
+def _launch(client: Client, trials: int | None, data: str) -> dict[str, Any]:
     """The demo's study: the one from an earlier run, or a new one."""
     name = presets.load_all()[PRESET]["name"]
     for item in client.get("/api/v1/studies", params={"name": name})["items"]:
@@ -236,7 +241,9 @@ def _launch(client: Client, trials: int | None) -> dict[str, Any]:
             progress = f"{demo_view.finished(item)} of {item['budget']['trials']} trials are done"
             output.out.print(f"  study     {name!r}, from an earlier run: {progress}")
             return dict(item)
-    overrides: dict[str, Any] = {"budget": {"trials": trials, "hours": None}} if trials else {}
+    overrides: dict[str, Any] = {"settings": {"data": data}}
+    if trials:
+        overrides["budget"] = {"trials": trials, "hours": None}
     made: dict[str, Any] = client.post("/api/v1/studies", json={"preset": PRESET, **overrides})
     dimensions = sum(len(parameter.get("labels") or [0]) for parameter in made["spec"]["space"])
     names = ", ".join(parameter["name"] for parameter in made["spec"]["space"])
