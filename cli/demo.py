@@ -353,11 +353,15 @@ def _idle_between_trials(client: Client, study: int) -> list[float]:
     return sorted(round(gap, 3) for gap in gaps)
 
 
+def _trials(result: dict[str, Any]) -> str:
+    return "1 trial" if result["trials"] == 1 else f"{result['trials']} trials"
+
+
 def _conclude(result: dict[str, Any], home: Path, *, serving: bool) -> None:
     tasks = result["best"]["tasks"]
-    output.out.print(f"\n[bold]The best of {result['trials']} trials[/], on {tasks:,} fresh 20-way validation tasks\n")
+    output.out.print(f"\n[bold]The best of {_trials(result)}[/], on {tasks:,} fresh 20-way validation tasks\n")
     output.out.print(demo_view.result_table(result))
-    output.out.print(f"\n{result['trials']} trials, {output.seconds(result['seconds'])}. What next:\n")
+    output.out.print(f"\n{_trials(result)}, {output.seconds(result['seconds'])}. What next:\n")
     for command, what in demo_view.next_commands(result, home, serving=serving):
         output.out.print(f"  {output.escape(command)}   [dim]# {what}[/]", soft_wrap=True)
     output.out.print()

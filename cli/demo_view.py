@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +94,9 @@ def interval(bounds: list[float]) -> str:
 
 def next_commands(result: dict[str, Any], home: Path, *, serving: bool) -> list[tuple[str, str]]:
     """Commands to copy, each with what it does."""
-    where = f"WHETSTONE_HOME={os.path.relpath(home)} "
-    tool = os.path.relpath(Path(os.path.abspath(os.sys.executable)).parent / "whetstone")  # type: ignore[attr-defined]
+    given = {"WHETSTONE_DATA": os.environ.get("WHETSTONE_DATA"), "WHETSTONE_HOME": os.path.relpath(home)}
+    where = "".join(f"{name}={shlex.quote(value)} " for name, value in given.items() if value)
+    tool = os.path.relpath(Path(sys.executable).absolute().parent / "whetstone")
     commands = [
         (f"{where}{tool} evaluate {os.path.relpath(result['best']['checkpoint'])}", "score the best network again")
     ]

@@ -21,7 +21,7 @@ def evaluate(
     tasks: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many one-shot tasks.")] = scoring.TASKS,
     way: Annotated[int, typer.Option(min=2, max=1000, help="Characters to choose among.")] = scoring.WAY,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the tasks.")] = scoring.FRESH_SEED,
-    data: Annotated[str, typer.Option(help="auto, omniglot or strokes.")] = "auto",
+    data: Annotated[str, typer.Option(help="omniglot, strokes, or auto: what it was trained on.")] = "auto",
     test: Annotated[
         bool, typer.Option("--test", help="Lake's 400 official trials instead: once, at the very end.")
     ] = False,
@@ -36,14 +36,14 @@ def evaluate(
         raise Invalid([Fault("--data", "must be auto, omniglot or strokes")], "the command")
     chosen = settings.load()
     device = usable(device)
-    net, config, metrics = evaluation.load(checkpoint, device)
+    net, config, metrics, trained_on = evaluation.load(checkpoint, device)
     if test:
         drawings, episodes = episode.lake_runs(chosen.data_root, config.net.input)
         name = "Lake's official trials"
         _record_test(checkpoint)
     else:
         loaded = dataset.load(
-            config.net.input, source=data, data_root=chosen.data_root, home=chosen.home_dir, notify=output.say  # type: ignore[arg-type]
+            config.net.input, source=trained_on or "auto" if data == "auto" else data, data_root=chosen.data_root, home=chosen.home_dir, notify=output.say  # type: ignore[arg-type]
         )  # fmt: skip
         drawings, name = loaded.validation, f"{loaded.name}, validation alphabets"
         episodes = episode.draw(drawings, tasks, way, seed)

@@ -41,7 +41,7 @@ def score_checkpoint(
     """One-shot accuracy of a checkpoint on tasks over `drawings`. Raises CheckpointError, DataError."""
     from model import episode, evaluate
 
-    net, _, _ = evaluate.load(folder, device)
+    net = evaluate.load(folder, device).net
     score = evaluate.one_shot(net, drawings, episode.draw(drawings, tasks, way, seed))
     return row(score.correct, score.tasks)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,11 +107,17 @@ def strictly_best(similarity: Tensor, target: Tensor) -> Tensor:
     return (reached == 1) & similarity.isfinite().all(1)
 
 
-def load(path: Path | str, device: torch.device | str = "cpu") -> tuple[SiameseNet, TrainConfig, Mapping[str, float]]:
-    """The network of a checkpoint (a folder, or one of its files), its recipe, and the metrics of its epoch.
+class Loaded(NamedTuple):
+    """The network of a checkpoint, its recipe, the metrics of its epoch, and the data set it was trained on ("" if old)."""
 
-    Raises CheckpointError.
-    """
+    net: SiameseNet
+    config: TrainConfig
+    metrics: Mapping[str, float]
+    data: str
+
+
+def load(path: Path | str, device: torch.device | str = "cpu") -> Loaded:
+    """The checkpoint in a folder (its best, else its last), or of one of its files. Raises CheckpointError."""
     saved = open_checkpoint(path)
     if isinstance(saved, Best):
         weights, metrics = dict(saved.weights), dict(saved.metrics)
@@ -122,7 +129,7 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> tuple[SiameseN
         net.load_state_dict(weights)
     except RuntimeError as fault:
         raise CheckpointError(f"{path}: its weights are not those of the network in its JSON") from fault
-    return net.on(device), saved.config, metrics
+    return Loaded(net.on(device), saved.config, metrics, saved.data)
 
 
 def _embed(

@@ -102,9 +102,10 @@ def test_a_study_goes_from_launch_to_a_network_on_disk(server: Server) -> None:
     values = [t["value"] for t in json.loads(best.stdout)]
     assert values == sorted(values, reverse=True)
 
-    scored = server("evaluate", "best", "--tasks", "100", "--way", "5", "--data", "strokes", "--json")
+    scored = server("evaluate", "best", "--tasks", "100", "--way", "5", "--json")
     assert scored.returncode == 0, scored.stderr
     assert json.loads(scored.stdout)["while_training"] == values[0]
+    assert json.loads(scored.stdout)["tasks_from"].startswith("strokes"), "tasks are from what it was trained on"
     trained = server("train", "recipe.yaml", "-o", "again", "--device", "cpu", "--threads", "1", "--json")
     assert trained.returncode == 0, trained.stderr
     assert json.loads(trained.stdout)["value"] == values[0], "the same recipe gives the same network"

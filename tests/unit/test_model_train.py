@@ -231,12 +231,12 @@ def test_the_best_epoch_is_kept_and_scores_what_was_reported(tmp_path: Path) -> 
     assert result.value == max(accuracies)
     assert result.best_epoch == accuracies.index(max(accuracies))
     for path in (tmp_path, tmp_path / "best.safetensors", tmp_path / "best.json"):
-        net, saved, metrics = evaluate.load(path)
+        net, saved, metrics, _ = evaluate.load(path)
         assert saved == recipe(epochs=12)
         assert metrics["accuracy"] == result.value
         tasks = draw(DATA.validation, saved.validation_tasks, saved.way, saved.validation_seed)
         assert evaluate.one_shot(net, DATA.validation, tasks).accuracy == result.value
-    net, _, metrics = evaluate.load(tmp_path / "last.json")
+    net, _, metrics, _ = evaluate.load(tmp_path / "last.json")
     assert metrics["accuracy"] == accuracies[-1]
     assert torch.equal(net.fc.weight, weights(store)["net.fc.weight"])
 
