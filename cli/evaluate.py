@@ -42,9 +42,10 @@ def evaluate(
         name = "Lake's official trials"
         _record_test(checkpoint)
     else:
+        source: Any = trained_on or "auto" if data == "auto" else data
         loaded = dataset.load(
-            config.net.input, source=trained_on or "auto" if data == "auto" else data, data_root=chosen.data_root, home=chosen.home_dir, notify=output.say  # type: ignore[arg-type]
-        )  # fmt: skip
+            config.net.input, source=source, data_root=chosen.data_root, home=chosen.home_dir, notify=output.say
+        )
         drawings, name = loaded.validation, f"{loaded.name}, validation alphabets"
         episodes = episode.draw(drawings, tasks, way, seed)
     score = evaluation.one_shot(net, drawings.to(device), episodes)

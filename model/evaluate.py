@@ -108,7 +108,7 @@ def strictly_best(similarity: Tensor, target: Tensor) -> Tensor:
 
 
 class Loaded(NamedTuple):
-    """The network of a checkpoint, its recipe, the metrics of its epoch, and the data set it was trained on ("" if old)."""
+    """A checkpoint's network, recipe, metrics of its epoch, and the data set it was trained on ("" where not noted)."""
 
     net: SiameseNet
     config: TrainConfig
