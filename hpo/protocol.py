@@ -34,6 +34,12 @@ class Wire(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Answer(Wire):
+    """Base of what the coordinator answers. A worker passes over what a newer server says beside it."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
 class Workload(Protocol):
     """What a coordinator that knows no convolution asks of the thing it tunes."""
 
@@ -56,7 +62,7 @@ class WorkerHello(Wire):
     """The same process asks once more, after an outage or for want of a device: a wish to drain it stands."""
 
 
-class WorkerPlace(Wire):
+class WorkerPlace(Answer):
     """The answer: the device that is this worker's until it goes silent, or None when all are taken."""
 
     worker: str
@@ -79,7 +85,7 @@ class AskRequest(Wire):
     worker: WorkerName
 
 
-class Lease(Wire):
+class Lease(Answer):
     """A trial in a worker's hands, until `term_s` seconds pass without a report."""
 
     lease: int
@@ -129,7 +135,7 @@ class Verdict(StrEnum):
     LOST = "lost"
 
 
-class ReportReply(Wire):
+class ReportReply(Answer):
     verdict: Verdict
     reason: str = ""
 
@@ -148,7 +154,7 @@ class TellRequest(Wire):
     checkpoint_epoch: int | None = Field(default=None, ge=0, le=2_000_000_000)
 
 
-class TellReply(Wire):
+class TellReply(Answer):
     study: int
     trial: int
     state: str

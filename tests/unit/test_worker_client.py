@@ -7,7 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
+from hpo.protocol import ReportReply, ReportRequest
 from tests.unit.worker_server import Drop, Reply, Seen, Server, refusal, serving
 from workers.client import ApiError, Backoff, Client, ServerUnreachable
 
@@ -195,3 +197,10 @@ def test_waits_double_up_to_a_cap_and_are_scattered() -> None:
     assert all(1.0 <= wait <= 2.0 for wait in waits[6:])
     assert len(set(waits)) == 12
     assert Backoff().next(ApiError(429, "c", "m", retry_after=7.0)) == 7.0
+
+
+def test_what_a_newer_server_says_beside_a_lease_is_passed_over() -> None:
+    known = {"verdict": "go_on", "reason": ""}
+    assert ReportReply.model_validate(known | {"since_1_4": [1, 2]}) == ReportReply.model_validate(known)
+    with pytest.raises(ValidationError):
+        ReportRequest.model_validate({"token": 1, "since_1_4": [1, 2]})
