@@ -12,7 +12,7 @@ url=http://127.0.0.1:${WHETSTONE_PORT:-8000}
 deploy/env.sh
 set -a; . ./.env; set +a
 mkdir -p "${WHETSTONE_DATA_DIR:-data}"
-down() { "${compose[@]}" down -v >/dev/null 2>&1 || true; }
+down() { "${compose[@]}" down -v --remove-orphans >/dev/null 2>&1 || true; }
 [[ -n ${KEEP:-} ]] || trap down EXIT
 
 api() { curl -sS --fail-with-body -H "Authorization: Bearer $WHETSTONE_ADMIN_TOKEN" -H 'Content-Type: application/json' "$@"; }
