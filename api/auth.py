@@ -59,7 +59,7 @@ class OneTimeLink:
     """
 
     def __init__(self, lifetime_s: float = 3600.0, grant: Grant = Grant()) -> None:
-        self.secret = secrets.token_urlsafe(32)
+        self.secret = secrets.token_urlsafe(24)  # 192 bits, and the link fits a line of 80 characters
         self.grant = grant
         self._until = time.monotonic() + lifetime_s
         self._lock = threading.Lock()

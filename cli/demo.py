@@ -40,6 +40,8 @@ COORDINATOR_METRIC = re.compile(
 )
 HOME = Path(".whetstone")
 TOP = 3
+HOURS = 0.17
+"""Training time, summed over the workers, at which the demo ends on a slow machine, however many trials are left."""
 LOOK_EVERY_S = 5.0
 """How often the study is asked for where no trial has finished; the trials are looked at every second."""
 
@@ -127,7 +129,8 @@ def _run(
         if begun_on != dataset.name:
             output.say(f"This study began on {begun_on} and goes on with it; --fresh begins anew on {dataset.name}.")
             dataset = _prepare(chosen, begun_on)
-        output.out.print(f"  pages     {_sign_in_link(client)}   (opens once)", soft_wrap=True)
+        output.out.print(f"  pages     {_sign_in_link(client)}", soft_wrap=True)
+        output.out.print("            [dim](the link opens once)[/]")
         output.out.print(f"  files     {output.escape(os.path.relpath(parts.home))}/\n")
         if study["state"] not in ("finished", "stopped"):
             for number in range(1, workers + 1):
@@ -143,8 +146,10 @@ def _run(
             json_file.write_text(json.dumps(result, indent=2) + "\n")
         _conclude(result, parts.home, serving=serve)
         if serve:
-            output.out.print(f"The server stays up: {_sign_in_link(client)}   (opens once)", soft_wrap=True)
-            output.out.print("Ctrl-C stops it.")
+            output.out.print(
+                f"The server stays up; Ctrl-C stops it. Sign in (the link opens once):\n\n  {_sign_in_link(client)}\n",
+                soft_wrap=True,
+            )
             while True:
                 parts.check()
                 time.sleep(0.3)
@@ -181,12 +186,13 @@ def _prepare(chosen: settings.Settings, source: Choice = "auto") -> Dataset:
 
 
 def _free_port() -> str:
-    """8000 where it is free, or any other."""
+    """8000 where it is free, or any other, saying so."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", 8000))
         except OSError:
+            output.say("Port 8000 is taken: the server takes another one.")
             return "0"
     return "8000"
 
@@ -242,13 +248,14 @@ def _launch(client: Client, trials: int | None, data: str) -> dict[str, Any]:
             output.out.print(f"  study     {name!r}, from an earlier run: {progress}")
             return dict(item)
     overrides: dict[str, Any] = {"settings": {"data": data}}
-    if trials:
-        overrides["budget"] = {"trials": trials, "hours": None}
+    overrides["budget"] = {"trials": trials} if trials else {"hours": HOURS}
     made: dict[str, Any] = client.post("/api/v1/studies", json={"preset": PRESET, **overrides})
     dimensions = sum(len(parameter.get("labels") or [0]) for parameter in made["spec"]["space"])
     names = ", ".join(parameter["name"] for parameter in made["spec"]["space"])
-    how = f"{made['sampler'].upper()}, {made['budget']['trials']} trials"
-    output.out.print(f"  study     {name!r}: {names} by layer, {dimensions} dimensions, {how}")
+    limit = f" or {made['budget']['hours'] * 60:.0f} min of training" if made["budget"]["hours"] else ""
+    how = f"{made['sampler'].upper()}, {made['budget']['trials']} trials{limit}"
+    output.out.print(f"  study     {name!r}: {names} by layer, {dimensions} dimensions")
+    output.out.print(f"  budget    {how}")
     return made
 
 
@@ -324,6 +331,8 @@ def _score(client: Client, chosen: settings.Settings, dataset: Dataset, study: d
         "data": dataset.name,
         "trials": demo_view.finished(study),
         "counts": study["counts"],
+        "budget": study["budget"]["trials"] or 0,
+        "reason": study["reason"],
         "best": rows[0],
         "top": rows,
         "baselines": baselines,
@@ -361,7 +370,9 @@ def _conclude(result: dict[str, Any], home: Path, *, serving: bool) -> None:
     tasks = result["best"]["tasks"]
     output.out.print(f"\n[bold]The best of {_trials(result)}[/], on {tasks:,} fresh 20-way validation tasks\n")
     output.out.print(demo_view.result_table(result))
+    output.out.print("\n[dim]Fresh tasks score a little lower: each trial was chosen for its best epoch on others.[/]")
+    if result["reason"] and result["trials"] < result["budget"]:
+        output.out.print(f"The study ended before its {result['budget']} trials: {output.escape(result['reason'])}.")
     output.out.print(f"\n{_trials(result)}, {output.seconds(result['seconds'])}. What next:\n")
     for command, what in demo_view.next_commands(result, home, serving=serving):
-        output.out.print(f"  {output.escape(command)}   [dim]# {what}[/]", soft_wrap=True)
-    output.out.print()
+        output.out.print(f"  [dim]# {what}[/]\n  {output.escape(command)}\n", soft_wrap=True)
