@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import time
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -185,39 +184,32 @@ def _prepare(chosen: settings.Settings, source: Choice = "auto") -> Dataset:
     return loaded
 
 
-def _free_port() -> str:
-    """8000 where it is free, or any other, saying so."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", 8000))
-        except OSError:
-            output.say("Port 8000 is taken: the server takes another one.")
-            return "0"
-    return "8000"
-
-
 def _start_server(parts: Parts) -> tuple[str, str]:
-    process = parts.start(
-        "server",
-        ["serve", "--host", "127.0.0.1", "--port", _free_port(), "--json"],
-        env={
-            "WHETSTONE_HOME": str(parts.home),
-            "WHETSTONE_ARTIFACTS": str(parts.home / "artifacts"),
-            "WHETSTONE_LEASE_TERM_S": "10",
-            "WHETSTONE_HEARTBEAT_S": "3",
-            "DATABASE_URL": "",
-        },
-    )
-    assert process.stdout is not None
+    """Start the server on port 8000, or on any other where that one is taken."""
     with output.err.status("Starting PostgreSQL and the server ..."):
-        line = process.stdout.readline()
-    if not line:
-        process.wait()
-        parts.running.pop("server")
-        parts.fail("server", process)
-    said = json.loads(line)
-    return said["url"], said["token"]
+        for port in ("8000", "0"):
+            process = parts.start(
+                "server",
+                ["serve", "--host", "127.0.0.1", "--port", port, "--json"],
+                env={
+                    "WHETSTONE_HOME": str(parts.home),
+                    "WHETSTONE_ARTIFACTS": str(parts.home / "artifacts"),
+                    "WHETSTONE_LEASE_TERM_S": "10",
+                    "WHETSTONE_HEARTBEAT_S": "3",
+                    "DATABASE_URL": "",
+                },
+            )
+            assert process.stdout is not None
+            if line := process.stdout.readline():
+                said = json.loads(line)
+                return said["url"], said["token"]
+            process.wait()
+            if port != "0" and f"cannot listen on 127.0.0.1:{port}" in processes.tail(parts.log("server"), 1):
+                output.say(f"Port {port} is taken: the server takes another one.")
+                continue
+            parts.running.pop("server")
+            parts.fail("server", process)
+    raise AssertionError("port 0 is never taken")
 
 
 def _start_worker(parts: Parts, number: int, url: str, token: str) -> None:

@@ -86,9 +86,16 @@ def run(arguments: list[str]) -> int:
         if not (isinstance(error, OSError) or type(error).__module__.split(".")[0] in ROOMS):
             raise  # a bug of ours: the traceback is the report
         faults = getattr(error, "faults", None)
-        refuse(str(error), [str(fault) for fault in faults or ()])
+        refuse(_message(error), [str(fault) for fault in faults or ()])
         return 1 if faults is None else 2
     return 0
+
+
+def _message(error: Exception) -> str:
+    """What an error says to people; the system's own name the file."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def fault_line(detail: object) -> str:

@@ -74,9 +74,10 @@ def seconds(value: float | None) -> str:
 def table(title: str | None, columns: Iterable[str | tuple[str, str]], rows: Iterable[Iterable[str]]) -> Table:
     """A table; a column given as (name, "right") is right-aligned. Cells may hold rich markup."""
     made = Table(title=title, title_justify="left", header_style="bold", box=None, padding=(0, 2, 0, 0))
-    for column in columns:
-        name, justify = (column, "left") if isinstance(column, str) else column
-        made.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    named = [(column, "left") if isinstance(column, str) else column for column in columns]
+    for place, (name, justify) in enumerate(named, 1):
+        last = place == len(named)  # where a terminal is narrow, the last column folds rather than one vanishes
+        made.add_column(name, justify=justify, no_wrap=not last, overflow="fold")  # type: ignore[arg-type]
     for row in rows:
         made.add_row(*row)
     return made

@@ -55,8 +55,20 @@ def serve(
     for number in (signal.SIGTERM, signal.SIGINT):  # also while the database starts: leave through the finally blocks
         signal.signal(number, lambda *_: _leave(stopping))
     listener = listen(chosen.host, chosen.port)
+    if not chosen.database_url:
+        _refuse_second(chosen.home_dir)
     with listener, store.open_store(chosen, migrate=migrate) as engine:
         _serve(chosen, engine, listener, json_line=json_line, stopping=stopping)
+
+
+def _refuse_second(home: Path) -> None:
+    """One server for an embedded database: it ends with the server that started it."""
+    from hpo.embedded import running
+
+    if running(home):
+        other = settings.noted_server(home)
+        who = f"the server at {other['url']}" if other else "a server or a demo"
+        raise CannotListen(f"{who} already runs in {home}: stop it, or set WHETSTONE_HOME or DATABASE_URL for this one")
 
 
 def _leave(stopping: threading.Event) -> None:
@@ -72,6 +84,7 @@ def listen(host: str, port: int) -> socket.socket:
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         made.bind((host, port))
+        made.listen(128)  # until somebody listens, a second server could bind the same port
     except OSError as error:
         made.close()
         raise CannotListen(
@@ -184,6 +197,9 @@ def _write_private(path: Path, text: str) -> None:
 def _noted(home: Path, url: str, token: str, worker: str) -> Iterator[None]:
     """Leave address and tokens in the home (0600), so that commands of the same user need no configuration."""
     note = settings.server_note(home)
+    if settings.noted_server(home):  # another server's, on a database of its own: commands go on finding that one
+        yield
+        return
     _write_private(note, json.dumps({"url": url, "token": token, "worker": worker, "pid": os.getpid()}))
     try:
         yield

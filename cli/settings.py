@@ -9,6 +9,7 @@ import json
 import os
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -84,18 +85,35 @@ def address(
     Of the server's tokens `role` picks the admin's, which dies with it, or the home's workers', which does not. Raises
     `Invalid` where there is no token to be found.
     """
-    noted: dict[str, str] = {}
-    note = server_note(settings.home_dir)
-    try:
-        noted = json.loads(note.read_text())
-        os.kill(int(noted["pid"]), 0)
-    except (OSError, ValueError, KeyError):
-        noted = {}
+    noted = noted_server(settings.home_dir)
     given = url or settings.url
     secret = token or settings.token
-    if not secret and noted and (given is None or given.rstrip("/") == noted["url"].rstrip("/")):
+    if not secret and noted and (given is None or _same_place(given, noted["url"])):
         return noted["url"], noted.get(role) or noted["token"]
+    if not secret and given:
+        remedy = "`whetstone token create NAME --role admin` (or worker), where its database is, makes one"
+        raise Invalid([Fault("WHETSTONE_TOKEN", f"no token for {given}: set it or pass --token; {remedy}")])
     if not secret:
-        remedy = "set WHETSTONE_TOKEN or pass --token; `whetstone token create NAME --role worker` makes one"
-        raise Invalid([Fault("WHETSTONE_TOKEN", f"no token, and no server runs in {settings.home_dir}: {remedy}")])
+        start = f"no server runs in {settings.home_dir}: start one with `whetstone serve`"
+        remedy = "set WHETSTONE_HOME to the home of one that runs (the demo's is .whetstone)"
+        raise Invalid([Fault("", f"{start}, {remedy}, or set WHETSTONE_URL and WHETSTONE_TOKEN")], "the command")
     return given or noted.get("url") or DEFAULT_URL, secret
+
+
+def noted_server(home: Path) -> dict[str, str]:
+    """What the server that runs in `home` has noted: url, token, worker (a token), pid. Empty where none runs."""
+    try:
+        noted: dict[str, str] = json.loads(server_note(home).read_text())
+        os.kill(int(noted["pid"]), 0)
+        command = Path(f"/proc/{noted['pid']}/cmdline")
+        alive = not command.exists() or b"serve" in command.read_bytes()  # the number may be somebody else's by now
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return noted if alive else {}
+
+
+def _same_place(one: str, other: str) -> bool:
+    """Whether two addresses are of one server on this machine, however each is spelt."""
+    parts = [urlsplit(each if "//" in each else f"//{each}") for each in (one, other)]
+    hosts = ["127.0.0.1" if part.hostname == "localhost" else part.hostname for part in parts]
+    return hosts[0] == hosts[1] and parts[0].port == parts[1].port

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cli import output, settings
 from cli.remote import Json
+
+if TYPE_CHECKING:
+    from model.checkpoint import Checkpoints
+    from model.spec import TrainConfig
 
 OUTCOME_CODE = {"complete": 0, "infeasible": 1, "stopped": 130}
 
@@ -50,6 +54,7 @@ def train(
     data = dataset.load(
         config.net.input, source=config.data, data_root=chosen.data_root, home=chosen.home_dir, notify=output.say  # type: ignore[arg-type]
     )  # fmt: skip
+    _keep_others_work(Checkpoints(into), config, data.name)
     stopping: list[int] = []
 
     def stop(number: int, _: object) -> None:
@@ -91,3 +96,24 @@ def train(
         output.out.print(f"Best: [bold green]{output.percent(result.value)}[/] at epoch {result.best_epoch}")
         output.out.print(f"Score it on fresh tasks: whetstone evaluate {output.escape(str(into))}", soft_wrap=True)
     raise typer.Exit(OUTCOME_CODE[result.outcome])
+
+
+def _keep_others_work(store: Checkpoints, config: TrainConfig, data: str) -> None:
+    """Refuse to train over the checkpoints of another run. Raises CheckpointError."""
+    from model.checkpoint import CheckpointError
+    from model.train import essence
+
+    state, _ = store.load_last()
+    if state is None:
+        return
+    remedy = "choose another folder with -o, or remove this one"
+    if state.data not in ("", data):
+        where = "set WHETSTONE_DATA to a folder that holds omniglot-py/, " if state.data == "omniglot" else ""
+        raise CheckpointError(
+            f"{store.folder} holds a network trained on {state.data}, and this run would train on {data}: "
+            f"{where}{remedy}"
+        )
+    if essence(state.config) != essence(config):
+        raise CheckpointError(
+            f"{store.folder} holds another run: its hyperparameters, settings or seed differ; {remedy}"
+        )

@@ -354,8 +354,8 @@ def _feasibility(space: SearchSpace, workload: Workload, settings: Mapping[str, 
         if reason is None:
             return []
         reasons[reason] += 1
-    reason, count = reasons.most_common(1)[0]
-    return [Fault("space", f"none of {FEASIBILITY_PROBES} random points can be trained; {count} times: {reason}")]
+    reason = reasons.most_common(1)[0][0]
+    return [Fault("space", f"none of {FEASIBILITY_PROBES} random points can be trained: {reason}")]
 
 
 def _impossible_points(

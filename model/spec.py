@@ -60,6 +60,7 @@ ARCHITECTURE = ("filters", "kernel", "fc")
 
 KNOWN = ("net", *ARCHITECTURE, *HYPERPARAMETERS, *SETTINGS)
 _MAX_CONVS = 32
+GIVE_ONE = ": give it one in the space or in settings"
 _POOLS: Mapping[Any, Pool] = {True: "floor", False: "none", "ceil": "ceil"}
 
 
@@ -163,7 +164,7 @@ def config(params: Mapping[str, Any], settings: Mapping[str, Any], seed: int) ->
         for name in HYPERPARAMETERS:
             missing = [label for label in net.labels if label not in rates[name]]
             if missing and not any(fault.at.split(".")[0] == name for fault in faults):
-                faults.append(Fault(name, f"has no value for {', '.join(missing)}"))
+                faults.append(Fault(name, f"has no value for {', '.join(missing)}{GIVE_ONE}"))
     if faults or net is None:
         raise Refused(faults)
     layers = tuple(LayerRates(label, *(rates[name][label] for name in HYPERPARAMETERS)) for label in net.labels)

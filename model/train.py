@@ -337,8 +337,8 @@ class _Run:
 
     def _mismatch(self, state: State) -> str:
         """Why a state that was read cannot be this run's, or ""."""
-        other = _essence(state.config)
-        if other != _essence(self.config):
+        other = essence(state.config)
+        if other != essence(self.config):
             return "starting over, for the checkpoint is of another run: its hyperparameters, settings or seed differ"
         if state.data not in ("", self.data.name):
             return f"starting over, for the checkpoint was trained on {state.data} and this run has {self.data.name}"
@@ -360,7 +360,8 @@ class _Run:
         log.warning("%s", warning)
 
 
-def _essence(config: TrainConfig) -> dict[str, Any]:
+def essence(config: TrainConfig) -> dict[str, Any]:
+    """What makes a run that run: its recipe without what may change between two starts of it."""
     document = config.document()
     document["settings"] = {k: v for k, v in document["settings"].items() if k not in _FREE_TO_CHANGE}
     return document

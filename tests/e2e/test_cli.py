@@ -247,7 +247,7 @@ def test_a_wrong_environment_names_the_variable_and_not_its_value(tmp_path: Path
 def test_without_a_server_or_a_token_the_remedy_is_named(tmp_path: Path) -> None:
     nothing = run(tmp_path, "study", "list")
     assert nothing.returncode == 2
-    assert "WHETSTONE_TOKEN" in nothing.stderr
+    assert "start one with `whetstone serve`" in nothing.stderr
     nobody = run(tmp_path, "study", "list", "--url", "http://127.0.0.1:9", "--token", "wst_0123456789abcdef")
     assert nobody.returncode == 1
     assert "whetstone serve" in nobody.stderr
@@ -288,3 +288,32 @@ def test_ctrl_c_in_train_leaves_a_checkpoint_that_it_goes_on_from(tmp_path: Path
     again.send_signal(signal.SIGINT)
     again.communicate(timeout=30)
     assert epochs[0] > 3, "it began anew"
+
+
+def test_train_never_writes_over_another_run(tmp_path: Path) -> None:
+    recipe = {"params": {"eta": 0.05, "mu": 0.5}, "settings": TINY_SETTINGS | {"epochs": 1}, "seed": 1}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    assert run(tmp_path, "train", "r.yaml", "--threads", "1", "--device", "cpu").returncode == 0
+    before = (tmp_path / "run/best.json").read_bytes()
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe | {"seed": 2}))
+    refused = run(tmp_path, "train", "r.yaml", "--threads", "1", "--device", "cpu")
+    assert refused.returncode == 1
+    assert "-o" in refused.stderr
+    assert (tmp_path / "run/best.json").read_bytes() == before
+
+
+def test_a_second_server_of_one_home_is_refused_and_the_first_is_still_found(tmp_path: Path) -> None:
+    first = Server(tmp_path, "")
+    try:
+        second = run(tmp_path, "serve", "--port", "0")
+        assert second.returncode == 1
+        assert first.url in second.stderr
+        assert run(tmp_path, "study", "list", "--url", first.url.replace("127.0.0.1", "localhost")).returncode == 0
+    finally:
+        first.stop()
+
+
+def test_commands_fold_on_a_narrow_terminal_rather_than_drop_a_column(tmp_path: Path) -> None:
+    told = run(tmp_path, "data", "info", COLUMNS="60")
+    assert "state" in told.stdout
+    assert "missing" in told.stdout

@@ -81,3 +81,11 @@ def test_the_papers_sweep_is_the_papers() -> None:
     assert document["settings"]["batch_pairs"] == 128
     assert document["settings"]["epochs"] == 200
     assert document["settings"]["patience"] == 20
+
+
+def test_the_study_in_the_documentation_is_one_without_a_fault() -> None:
+    from hpo import spec, yaml_document
+    from model.spec import SiameseWorkload
+
+    example = (DOCS / "studies.md").read_text().split("```yaml\n")[1].split("```")[0]
+    assert spec.parse(yaml_document.read(example), {"siamese": SiameseWorkload()}).name == "by-layer"

@@ -148,7 +148,10 @@ def test_a_point_may_sweep_the_architecture_and_is_refused_where_no_pixels_are_l
     [
         ({"etta": 1.0}, "etta: is not a hyperparameter or setting of this network; did you mean eta?"),
         ({"eta": {"conv1": 0.1, "conv7": 0.1}}, "eta.conv7"),
-        ({"eta": {"conv1": 0.1}}, "eta: has no value for conv2, conv3, conv4, fc, output"),
+        (
+            {"eta": {"conv1": 0.1}},
+            "eta: has no value for conv2, conv3, conv4, fc, output: give it one in the space or in settings",
+        ),
         ({"eta": 0}, "eta: must be a number, greater than 0"),
         ({"mu": {**dict.fromkeys(MINI.labels, 0.5), "fc": 1.01}}, "mu.fc: must be a number, at least 0 and at most 1"),
         ({"lambda": -1e-9}, "lambda: must be a number, at least 0"),
@@ -164,7 +167,7 @@ def test_a_point_outside_the_domain_is_never_feasible(change: Any, words: str) -
 @pytest.mark.parametrize("name", sorted(HYPERPARAMETERS))
 def test_a_hyperparameter_that_nobody_gives_is_missing(name: str) -> None:
     point = {key: value for key, value in POINT.items() if key != name}
-    reason = f"{name}: has no value for conv1, conv2, conv3, conv4, fc, output"
+    reason = f"{name}: has no value for conv1, conv2, conv3, conv4, fc, output: give it one in the space or in settings"
     assert WORKLOAD.feasible(point, MINI_STUDY) == reason
     assert WORKLOAD.feasible(point, {**MINI_STUDY, name: 0.5}) is None
 
