@@ -247,7 +247,7 @@ def _launch(client: Client, trials: int | None, data: str) -> dict[str, Any]:
     limit = f" or {made['budget']['hours'] * 60:.0f} min of training" if made["budget"]["hours"] else ""
     how = f"{made['sampler'].upper()}, {made['budget']['trials']} trials{limit}"
     output.out.print(f"  study     {name!r}: {names} by layer, {dimensions} dimensions")
-    output.out.print(f"  budget    {how}")
+    output.out.print(f"  search    {how}")
     return made
 
 
