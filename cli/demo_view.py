@@ -33,10 +33,10 @@ def trial_line(trial: dict[str, Any], study: dict[str, Any]) -> str:
     best = study["best"] and study["best"]["trial"] == trial["trial"]
     why = trial["reason"] if trial["state"] != "complete" else ""
     again = f"  attempt {trial['attempts']}" if trial["attempts"] > 1 else ""
+    value = "" if trial["state"] == "infeasible" else output.value_of(trial, "siamese")
     return (
-        f"  trial {trial['trial']:>2}   {output.state(trial['state']):<10} "
-        f"{'' if trial['state'] == 'infeasible' else output.value_of(trial, 'siamese'):>6}   "
-        f"{output.seconds(trial['seconds']):>5}{again}"
+        f"  trial {trial['trial']:>2}   {output.state(trial['state'])}{'':{10 - len(trial['state'])}} "
+        f"{value:>6}   {output.seconds(trial['seconds']):>7}{again}"
         f"{'   [green]best so far[/]' if best else ''}[dim]{'   ' + output.escape(why[:60]) if why else ''}[/]"
     )
 
