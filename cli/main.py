@@ -86,7 +86,9 @@ def run(arguments: list[str]) -> int:
         if not (isinstance(error, OSError) or type(error).__module__.split(".")[0] in ROOMS):
             raise  # a bug of ours: the traceback is the report
         faults = getattr(error, "faults", None)
-        refuse(_message(error), [str(fault) for fault in faults or ()])
+        what = str(error).removesuffix(" has 1 fault")  # where a lone fault has no place, the document is the place
+        told = [f"{what}: {fault}" if what and not fault.at else str(fault) for fault in faults or ()]
+        refuse(_message(error), told)
         return 1 if faults is None else 2
     return 0
 
@@ -105,7 +107,7 @@ def fault_line(detail: object) -> str:
 
 
 def refuse(message: str, details: list[str]) -> None:
-    """Print an error: one line, and the faults below it."""
+    """Print an error: one line, and the faults below it where there are several."""
     if len(details) == 1:
         message, details = details[0], []
     output.err.print(f"[bold red]whetstone:[/] {output.escape(message)}", soft_wrap=True)

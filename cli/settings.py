@@ -96,7 +96,7 @@ def address(
     if not secret:
         start = f"no server runs in {settings.home_dir}: start one with `whetstone serve`"
         remedy = "set WHETSTONE_HOME to the home of one that runs (the demo's is .whetstone)"
-        raise Invalid([Fault("", f"{start}, {remedy}, or set WHETSTONE_URL and WHETSTONE_TOKEN")], "the command")
+        raise Invalid([Fault("", f"{start}, {remedy}, or set WHETSTONE_URL and WHETSTONE_TOKEN")], "")
     return given or noted.get("url") or DEFAULT_URL, secret
 
 
