@@ -86,8 +86,8 @@ def run(arguments: list[str]) -> int:
         if not (isinstance(error, OSError) or type(error).__module__.split(".")[0] in ROOMS):
             raise  # a bug of ours: the traceback is the report
         faults = getattr(error, "faults", None)
-        what = str(error).removesuffix(" has 1 fault")  # where a lone fault has no place, the document is the place
-        told = [f"{what}: {fault}" if what and not fault.at else str(fault) for fault in faults or ()]
+        what, lone, _ = str(error).partition(" has 1 fault")  # a lone fault without a place: the document is the place
+        told = [f"{what}: {fault}" if lone and what and not fault.at else str(fault) for fault in faults or ()]
         refuse(_message(error), told)
         return 1 if faults is None else 2
     return 0
