@@ -1,8 +1,8 @@
 """Scores that commands print: a checkpoint on fresh one-shot tasks, and what to compare it with.
 
-Fresh means drawn with another seed than a study's own tasks have by default, so that choosing the best of many trials by
-a noisy score flatters the chosen one less. The drawings are those of the same validation alphabets: what was tuned on
-these alphabets stays tuned on them, and only test data says how it does on others.
+Fresh means drawn with another seed than a study's own tasks have by default, so that choosing the best of many trials
+by a noisy score flatters the chosen one less. The drawings are those of the same validation alphabets: what was tuned
+on these alphabets stays tuned on them, and only test data says how it does on others.
 """
 
 from __future__ import annotations
