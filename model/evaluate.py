@@ -79,7 +79,10 @@ def answer(
     bf16: bool = False,
     interrupt: Callable[[], bool] = never,
 ) -> Tensor:
-    """Which tasks `net` answers right: (T,) bool on the CPU. Raises Interrupted; ValueError for another image size."""
+    """Which tasks `net` answers right: (T,) bool on the CPU. Raises Interrupted; ValueError for another image size.
+
+    A character's similarity is the mean over its drawings in the support set.
+    """
     device = net.output.weight.device
     if drawings.size != net.config.input:
         raise ValueError(f"the network sees {net.config.input} pixels a side, the drawings have {drawings.size}")
@@ -87,16 +90,16 @@ def answer(
     shown, place = torch.unique(torch.cat([episodes.query, episodes.support.flatten()]), return_inverse=True)
     features = _embed(net, drawings.flat, shown, device, bf16, interrupt)  # (U, F)
     place = place.to(device)
-    query, support = place[: len(episodes)], place[len(episodes) :].view(len(episodes), -1)  # (T,), (T, N)
+    query, support = place[: len(episodes)], place[len(episodes) :].view(episodes.support.shape)  # (T,), (T, N, K)
     target = episodes.target.to(device)
     right = torch.empty(len(episodes), dtype=torch.bool, device=device)
-    chunk = max(1, _CHUNK_VALUES // (support.shape[1] * features.shape[1]))
+    chunk = max(1, _CHUNK_VALUES // (support[0].numel() * features.shape[1]))
     for begin in range(0, len(episodes), chunk):
         if interrupt():
             raise Interrupted
         part = slice(begin, begin + chunk)
-        similarity = net.compare(features[query[part], None], features[support[part]])  # (t, N)
-        right[part] = strictly_best(similarity, target[part])
+        similarity = net.compare(features[query[part], None, None], features[support[part]])  # (t, N, K)
+        right[part] = strictly_best(similarity.mean(2), target[part])
     return right.cpu()
 
 

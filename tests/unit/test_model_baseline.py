@@ -18,13 +18,21 @@ def pictures(*rows: list[int]) -> Drawings:
 
 
 def one(query: int, support: list[int], target: int) -> Episodes:
-    return Episodes(torch.tensor([query]), torch.tensor([support]), torch.tensor([target]))
+    return Episodes(torch.tensor([query]), torch.tensor([support])[:, :, None], torch.tensor([target]))
 
 
 def test_the_nearest_support_image_answers() -> None:
     drawings = pictures([255, 200, 0, 0], [0, 0, 255, 255], [255, 255, 0, 0], [0, 255, 255, 0])
     assert baseline.nearest_neighbour(drawings, one(0, [1, 2, 3], target=1)) == 1
     assert baseline.nearest_neighbour(drawings, one(0, [1, 2, 3], target=0)) == 0
+
+
+def test_the_nearest_of_several_drawings_answers_and_two_of_the_true_one_are_no_tie() -> None:
+    drawings = pictures([255, 200, 0, 0], [0, 0, 255, 255], [255, 255, 0, 0], [0, 255, 255, 0], [255, 255, 0, 0])
+    tasks = Episodes(torch.tensor([0]), torch.tensor([[[1, 3], [2, 4]]]), torch.tensor([1]))
+    assert baseline.nearest_neighbour(drawings, tasks) == 1
+    split = Episodes(torch.tensor([0]), torch.tensor([[[1, 2], [3, 4]]]), torch.tensor([1]))
+    assert baseline.nearest_neighbour(drawings, split) == 0
 
 
 def test_a_tie_is_wrong_wherever_the_true_one_stands() -> None:
@@ -38,7 +46,7 @@ def test_a_tie_is_wrong_wherever_the_true_one_stands() -> None:
 def test_more_tasks_than_fit_in_one_piece_are_all_counted() -> None:
     drawings = pictures([255, 0, 0, 0], [0, 255, 0, 0], [250, 5, 0, 0])
     tasks = Episodes(
-        torch.full((300,), 2), torch.tensor([[0, 1]]).expand(300, 2), torch.arange(300).remainder(3).clamp_max(1)
+        torch.full((300,), 2), torch.tensor([[[0], [1]]]).expand(300, 2, 1), torch.arange(300).remainder(3).clamp_max(1)
     )
     assert baseline.nearest_neighbour(drawings, tasks) == 100
 

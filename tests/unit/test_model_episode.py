@@ -1,3 +1,4 @@
+import hashlib
 import os
 import time
 from pathlib import Path
@@ -24,8 +25,8 @@ def test_a_task_shows_different_characters_of_one_alphabet_by_one_person_and_ask
     drawings: Drawings,
 ) -> None:
     tasks = episode.draw(drawings, 3000, 20, seed=1)
-    characters, drawers = tasks.support // 4, tasks.support % 4
-    assert tasks.support.shape == (3000, 20)
+    assert tasks.support.shape == (3000, 20, 1)
+    characters, drawers = tasks.support[:, :, 0] // 4, tasks.support[:, :, 0] % 4
     assert (characters.sort(1).values.diff(dim=1) > 0).all()
     alphabets = drawings.alphabet[characters]
     assert (alphabets == alphabets[:, :1]).all()
@@ -58,6 +59,42 @@ def test_the_same_seed_gives_the_same_tasks_and_another_seed_others(drawings: Dr
     assert not torch.equal(one.support, other.support)
 
 
+def test_frozen_tasks_stay_the_same_tasks(drawings: Drawings) -> None:
+    """Trials of a study are compared on tasks that a later version must draw again."""
+    tasks = episode.draw(drawings, 100, 20, seed=0)
+    content = b"".join(part.contiguous().numpy().tobytes() for part in (tasks.query, tasks.support, tasks.target))
+    assert hashlib.sha256(content).hexdigest() == "f5bb1ec44a469f74e2f012170616470fb9d7520e0a5be9aff3e089f1281c0b38"
+
+
+def test_shots_are_further_drawings_by_further_people(drawings: Drawings) -> None:
+    one, three = (episode.draw(drawings, 2000, 20, seed=1, shot=shot) for shot in (1, 3))
+    assert (three.support.shape, three.shot, three.way) == ((2000, 20, 3), 3, 20)
+    assert torch.equal(three.query, one.query)
+    assert torch.equal(three.support[:, :, :1], one.support)
+    assert (three.support // 4 == three.support[:, :, :1] // 4).all()
+    people = torch.cat([three.support[:, 0] % 4, three.query[:, None] % 4], 1)
+    assert (people.sort(1).values == torch.arange(4)).all()  # all four, each once
+    two = episode.draw(drawings, 2000, 20, seed=1, shot=2).support[:, 0] % 4
+    step = (two[:, 1] - two[:, 0]) % 4
+    assert set(step.tolist()) == {1, 2, 3}  # the second is any of those left
+
+
+def test_across_alphabets_any_characters_stand_side_by_side(
+    drawings: Drawings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = episode.draw(drawings, 5000, 60, seed=1, across=True)
+    characters = tasks.support[:, :, 0] // 4
+    assert (characters.sort(1).values.diff(dim=1) > 0).all()
+    counts = torch.bincount(characters.flatten(), minlength=97)
+    expected = 5000 * 60 / 97
+    assert counts.sub(expected).abs().max() < 5 * (expected * (1 - 60 / 97)) ** 0.5
+    assert torch.equal(characters.gather(1, tasks.target[:, None])[:, 0], tasks.query // 4)
+    monkeypatch.setattr("model.episode._KEYS", 97 * 700)  # drawn in pieces, as millions of tasks are
+    assert (
+        (episode.draw(drawings, 5000, 60, seed=1, across=True).support[:, :, 0] // 4).sort(1).values.diff().gt(0).all()
+    )
+
+
 def test_five_thousand_tasks_draw_in_well_under_a_second(drawings: Drawings) -> None:
     seconds = []
     for _ in range(3):
@@ -72,9 +109,13 @@ def test_what_makes_no_task_is_refused_with_the_reason(drawings: Drawings) -> No
         episode.draw(drawings, 10, 41, seed=0)
     with pytest.raises(DataError, match="2 people"):
         episode.draw(make((30,), drawers=1), 10, 20, seed=0)
-    for tasks, way in ((0, 20), (10, 1)):
+    with pytest.raises(DataError, match=r"tasks of 4 shots need drawings by at least 5 people, .* these are by 4"):
+        episode.draw(drawings, 10, 20, seed=0, shot=4)
+    with pytest.raises(DataError, match="97 characters in all, too few for a 98-way task"):
+        episode.draw(drawings, 10, 98, seed=0, across=True)
+    for tasks, way, shot in ((0, 20, 1), (10, 1, 1), (10, 20, 0)):
         with pytest.raises(ValueError, match="at least"):
-            episode.draw(drawings, tasks, way, seed=0)
+            episode.draw(drawings, tasks, way, seed=0, shot=shot)
 
 
 def test_the_first_tasks_are_a_prefix(drawings: Drawings) -> None:
@@ -93,7 +134,9 @@ def test_lakes_runs_ask_each_item_against_the_twenty_classes_of_its_run(tmp_path
         run, item = t // 20 + 1, t % 20 + 1
         shown = (7 * item + run) % 20 + 1
         assert fake_omniglot.number_of(flat[tasks.query[t]]) == 1000 * run + 100 + shown
-        assert [fake_omniglot.number_of(flat[s]) for s in tasks.support[t]] == [1000 * run + k for k in range(1, 21)]
+        assert [fake_omniglot.number_of(flat[s]) for s in tasks.support[t, :, 0]] == [
+            1000 * run + k for k in range(1, 21)
+        ]
         assert tasks.target[t] == shown - 1
 
 
@@ -106,5 +149,5 @@ def test_the_real_runs_pair_drawings_of_the_same_character() -> None:
     rows = {row.tobytes(): i // 20 for i, row in enumerate(omniglot.read(source))}
     packed = torch.from_numpy(np.packbits(drawings.flat.flatten(1).numpy() > 0, axis=1))
     character = [rows[row.numpy().tobytes()] for row in packed]
-    true = tasks.support.gather(1, tasks.target[:, None])[:, 0]
+    true = tasks.support[:, :, 0].gather(1, tasks.target[:, None])[:, 0]
     assert [character[q] for q in tasks.query] == [character[s] for s in true]

@@ -30,7 +30,10 @@ def naive(net: SiameseNet, tasks: Episodes) -> list[bool]:
     """One forward pass for every pair of every task, as the formula has it."""
     answers = []
     for query, support, target in zip(tasks.query, tasks.support, tasks.target, strict=True):
-        seen = [net(clean(SHOWN.flat[torch.stack([query, image])])).item() for image in support]
+        likeness = [
+            [net(clean(SHOWN.flat[torch.stack([query, image])])).item() for image in shots] for shots in support
+        ]
+        seen = [sum(each) / len(each) for each in likeness]
         answers.append(seen.index(max(seen)) == int(target) and seen.count(max(seen)) == 1)
     return answers
 
@@ -40,6 +43,14 @@ def test_embedding_each_image_once_gives_the_answers_of_a_forward_per_pair() -> 
     right = answer(net, SHOWN, TASKS)
     assert right.tolist() == naive(net, TASKS)
     assert 0 < right.sum() < len(TASKS)
+
+
+def test_a_character_s_similarity_is_the_mean_over_its_shots() -> None:
+    net = network()
+    tasks = draw(SHOWN, 60, 6, 0, shot=3)
+    right = answer(net, SHOWN, tasks)
+    assert right.tolist() == naive(net, tasks)
+    assert right.tolist() != answer(net, SHOWN, TASKS).tolist()
 
 
 def test_each_distinct_image_is_embedded_once(monkeypatch: pytest.MonkeyPatch) -> None:
