@@ -21,12 +21,16 @@ TRANSLATION = 2.0 / 105.0
 
 
 def clean(images: Tensor) -> Tensor:
-    """What a network sees of an undistorted image: uint8 (B, S, S) to float32 (B, 1, S, S) in [0, 1], ink 1."""
-    return images.to(torch.float32).div_(255.0).unsqueeze(1)
+    """What a network sees of undistorted images: uint8 to float32 in [0, 1], ink 1.
+
+    (B, S, S) of grey becomes (B, 1, S, S); (B, 3, S, S) of colour stays as it is.
+    """
+    pixels = images.to(torch.float32).div_(255.0)
+    return pixels.unsqueeze(1) if images.dim() == 3 else pixels
 
 
 def distort(images: Tensor, generator: torch.Generator) -> Tensor:
-    """A distorted copy of each image: uint8 (B, S, S) to float32 (B, 1, S, S) in [0, 1], on the images' device.
+    """A distorted copy of each image, in the shapes of `clean`, on the images' device; channels move together.
 
     The numbers are drawn on the generator's device, so one CPU generator gives the same distortions everywhere.
     """

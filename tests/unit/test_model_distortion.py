@@ -102,3 +102,14 @@ def test_twins_are_distorted_separately_and_the_same_generator_repeats() -> None
     assert torch.equal(out, distort(batch, generator(1)))
     assert out.shape == (64, 1, 28, 28)
     assert out.dtype == torch.float32
+
+
+def test_the_channels_of_a_colour_image_move_together() -> None:
+    grey = torch.randint(0, 256, (64, 28, 28), dtype=torch.uint8, generator=generator())
+    colour = torch.stack([grey, 255 - grey, torch.zeros_like(grey)], 1)
+    assert torch.equal(clean(colour), colour.float() / 255)
+    moved = distort(colour, generator(2))
+    assert moved.shape == (64, 3, 28, 28)
+    assert torch.equal(moved[:, :1], distort(grey, generator(2)))
+    assert torch.equal(moved[:, 1:2], distort(255 - grey, generator(2)))
+    assert moved[:, 2].max() == 0
