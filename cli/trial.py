@@ -1,4 +1,4 @@
-"""`whetstone trial`: one study's trials, and points of one's own."""
+"""`whetstone trial`: one study's trials, two of them side by side, and points of one's own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cli import output
 from cli.remote import Json, StudyName, Token, Url, connect, find_study
 from hpo import yaml_document
 
-app = typer.Typer(help="List, show, add, cancel and requeue trials.", no_args_is_help=True)
+app = typer.Typer(help="List, show, compare, add, cancel and requeue trials.", no_args_is_help=True)
 Number = Annotated[int, typer.Argument(metavar="TRIAL", min=0, help="The trial's number.")]
 
 
@@ -71,7 +71,10 @@ def show(study: StudyName, trial: Number, url: Url = None, token: Token = None, 
         f"Trial {trial} of [bold]{output.escape(item['name'])}[/] is {output.state(found['state'])}"
         + (f": {output.escape(found['reason'])}" if found["reason"] else "")
     )
-    output.out.print(f"value {output.value_of(found, item['workload'])}, seed {found['seed']}\n")
+    output.out.print(f"value {output.value_of(found, item['workload'])}, seed {found['seed']}")
+    if found.get("score"):
+        output.out.print(f"on its study's tasks: {_score(found['score'])}")
+    output.out.print()
     output.out.print(output.parameter_table(found["params"]))
     if found["history"]:
         rows = [
@@ -99,6 +102,50 @@ def show(study: StudyName, trial: Number, url: Url = None, token: Token = None, 
     traceback = next((a["traceback"] for a in reversed(found["history"]) if a["traceback"]), "")
     if traceback:
         output.out.print(f"\n{output.escape(traceback)}", soft_wrap=True)
+
+
+@app.command()
+def compare(
+    study: StudyName,
+    a: Annotated[int, typer.Argument(metavar="A", min=0, help="A trial's number.")],
+    b: Annotated[int, typer.Argument(metavar="B", min=0, help="Another's.")],
+    other: Annotated[
+        str | None, typer.Option("--with", help="The study of B, if it is another one on the same tasks.")
+    ] = None,
+    url: Url = None,
+    token: Token = None,
+    json: Json = False,
+) -> None:
+    """Compare two trials task by task: is their difference more than noise?"""
+    with connect(url, token) as client:
+        params = {"a": a, "b": b}
+        if other is not None:
+            params["b_study"] = find_study(client, other)["study"]
+        found = client.get(f"/api/v1/studies/{find_study(client, study)['study']}/compare", params=params)
+    if json:
+        output.print_json(found)
+        return
+    for side in (found["a"], found["b"]):
+        name = f"trial {side['trial']} of [bold]{output.escape(side['study_name'])}[/]"
+        output.out.print(f"{name}: {_score(side['score'])}")
+    rows = [
+        [label, f"{found[key]:,}", output.percent(found[key] / found["tasks"])]
+        for label, key in (
+            ("both right", "both"),
+            (f"only A (trial {a}) right", "only_a"),
+            (f"only B (trial {b}) right", "only_b"),
+            ("neither", "neither"),
+        )
+    ]
+    output.out.print()
+    output.out.print(output.table(None, ["tasks", ("count", "right"), ("share", "right")], rows))
+    output.out.print()
+    output.out.print(output.escape(found["verdict"]), soft_wrap=True)
+
+
+def _score(score: dict[str, Any]) -> str:
+    low, high = output.percent(score["low"]), output.percent(score["high"])
+    return f"{output.percent(score['accuracy'])} of {score['tasks']:,} tasks (95% interval {low} to {high})"
 
 
 @app.command()

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from hpo import database, expiry, export, fleet, leases, outcomes, points, statements, studies, trials
+from hpo import answers, database, expiry, export, fleet, leases, outcomes, points, statements, studies, trials
 from hpo.desk import Desk
 from hpo.errors import DatabaseUnavailable
 from hpo.idempotency import Once
@@ -34,7 +34,18 @@ from hpo.protocol import (
     Workload,
 )
 from hpo.tokens import Principal
-from hpo.views import STUDY_STATES, TRIAL_STATES, Page, ProgressPoint, StudyView, TrialDetail, TrialView, WorkerView
+from hpo.views import (
+    STUDY_STATES,
+    TRIAL_STATES,
+    AnswersView,
+    ComparisonView,
+    Page,
+    ProgressPoint,
+    StudyView,
+    TrialDetail,
+    TrialView,
+    WorkerView,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -145,6 +156,16 @@ class Coordinator:
     @_counted
     def get_trial(self, study: int, n: int) -> TrialDetail:
         return trials.get(self._desk, study, n)
+
+    @_counted
+    def get_answers(self, study: int, n: int) -> AnswersView:
+        """Return what a trial made of each of the study's tasks. Raises `NotFound` that says why it has no answers."""
+        return answers.get(self._desk, study, n)
+
+    @_counted
+    def compare(self, study: int, a: int, b: int, b_study: int | None = None) -> ComparisonView:
+        """Compare two trials task by task; the second may be of another study with the same tasks."""
+        return answers.compare(self._desk, (study, a), (study if b_study is None else b_study, b))
 
     @_counted
     def add_trial(self, study: int, document: Mapping[str, Any], once: Once | None = None) -> TrialView:

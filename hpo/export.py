@@ -16,7 +16,7 @@ from typing import Any
 import sqlalchemy as sa
 import yaml
 
-from hpo import statements, studies, trials
+from hpo import answers, statements, studies, trials
 from hpo.desk import Desk, Known
 
 FORMAT = 1
@@ -71,9 +71,12 @@ def _trials(conn: sa.Connection, known: Known) -> Iterator[dict[str, Any]]:
         page = conn.execute(statements.trials_by_number(None), place).all()
         attempts = trials.attempts_of(conn, known.study, [(row.trial_id, row.number) for row in page])
         views = trials.views(conn, known, [row.trial_id for row in page])
+        told = answers.of_trials(conn, [row.trial_id for row in page])
         for row, view in zip(page, views, strict=True):
             history = [attempt.model_dump(mode="json") for attempt in attempts[row.trial_id]]
-            yield view.model_dump(mode="json") | {"seed": known.trial_seed(row.number), "history": history}
+            right = told[row.trial_id].model_dump() if row.trial_id in told else None
+            more = {"seed": known.trial_seed(row.number), "answers": right, "history": history}
+            yield view.model_dump(mode="json") | more
         if len(page) < CHUNK:
             return
         number = page[-1].number

@@ -16,7 +16,7 @@ from typing import Any
 import sqlalchemy as sa
 from optuna.trial import TrialState
 
-from hpo import events, pruners, rows, statements, studies, writing
+from hpo import answers, events, pruners, rows, statements, studies, writing
 from hpo.desk import Desk, Known, lock, log, one_fault, storable
 from hpo.errors import Conflict, DatabaseUnavailable, LeaseLost, NotFound
 from hpo.protocol import (
@@ -148,7 +148,7 @@ def tell(desk: Desk, lease: int, request: TellRequest, principal: Principal) -> 
 
     Raises:
         NotFound: there is no such lease.
-        Invalid: a complete trial without a value, or a failed one with one.
+        Invalid: a complete trial without a value, a failed one with one, or answers of a trial that has none.
         LeaseLost: the lease is over, or was never this bearer's. Nothing was changed.
         Conflict: another outcome was told before. Nothing was changed.
     """
@@ -156,7 +156,16 @@ def tell(desk: Desk, lease: int, request: TellRequest, principal: Principal) -> 
         raise one_fault("value", "is missing: a complete trial has one", "the tell")
     if request.outcome == "failed" and request.value is not None:
         raise one_fault("value", "a failed trial has none", "the tell")
-    said = {"tell": request.outcome, "value": request.value, "reason": request.reason, "traceback": request.traceback}
+    if request.answers is not None and request.outcome not in ("complete", "pruned"):
+        raise one_fault("answers", "only a complete or a pruned trial has them", "the tell")
+    said: dict[str, Any] = {
+        "tell": request.outcome,
+        "value": request.value,
+        "reason": request.reason,
+        "traceback": request.traceback,
+    }
+    if request.answers is not None:
+        said["answers"] = [request.answers.tasks, request.answers.bits.hex()]
     digest = _digest(said)
     with desk.transaction() as conn:
         known, attempt, trial_state = hold(desk, conn, lease)
@@ -166,6 +175,8 @@ def tell(desk: Desk, lease: int, request: TellRequest, principal: Principal) -> 
         if trial_state != "RUNNING":
             raise Conflict("another program has ended this trial through Optuna: its outcome stands")
         value = _finish(conn, known, attempt.trial_id, request)
+        if request.answers is not None:
+            answers.store(conn, attempt.trial_id, request.answers)
         reply = TellReply(study=known.study, trial=attempt.trial_number, state=request.outcome, value=value)
         _end(
             conn,

@@ -7,11 +7,14 @@ The one invariant: a lease is spoken for by its `token`, and a message with an o
 
 from __future__ import annotations
 
+import base64
+import binascii
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, Self
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from hpo.errors import Fault
 
@@ -20,6 +23,7 @@ Point = dict[str, Value | dict[str, Value]]
 """Hyperparameters as people write them: ``{"eta": {"conv1": 0.01, ...}, "batch_pairs": 128}``."""
 
 MAX_WAIT_S = 20.0
+MAX_TASKS = 1_000_000
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._:@-]{0,127}$"
 WorkerName = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
 Text = Annotated[str, StringConstraints(max_length=500)]
@@ -140,6 +144,46 @@ class ReportReply(Answer):
     reason: str = ""
 
 
+class TaskAnswers(Wire):
+    """Which of a study's frozen tasks were answered rightly, one bit a task.
+
+    `right` is base64 of the bits: the first task in the highest bit of the first byte (as `numpy.packbits` does it),
+    and zeros after the last.
+    """
+
+    tasks: int = Field(ge=1, le=MAX_TASKS)
+    right: Annotated[str, StringConstraints(max_length=(MAX_TASKS + 23) // 24 * 4)]
+
+    @field_validator("right")
+    @classmethod
+    def _whole(cls, text: str, info: ValidationInfo) -> str:
+        try:
+            bits = base64.b64decode(text, validate=True)
+        except (binascii.Error, ValueError):
+            raise PydanticCustomError("answers_base64", "is not base64") from None
+        tasks = info.data.get("tasks")
+        if tasks is None:  # it has a fault of its own
+            return text
+        size = (tasks + 7) // 8
+        if len(bits) != size:
+            raise PydanticCustomError(
+                "answers_length",
+                "must hold one bit a task: {size} bytes, not {found}",
+                {"size": size, "found": len(bits)},
+            )
+        if bits[-1] & ((1 << (8 * size - tasks)) - 1):
+            raise PydanticCustomError("answers_rest", "must be zero in the bits after the last task")
+        return text
+
+    @classmethod
+    def of(cls, tasks: int, bits: bytes) -> Self:
+        return cls(tasks=tasks, right=base64.b64encode(bits).decode())
+
+    @property
+    def bits(self) -> bytes:
+        return base64.b64decode(self.right)
+
+
 Outcome = Literal["complete", "infeasible", "pruned", "failed"]
 
 
@@ -152,6 +196,8 @@ class TellRequest(Wire):
     reason: LongText = ""
     traceback: Annotated[str, StringConstraints(max_length=100_000)] = ""
     checkpoint_epoch: int | None = Field(default=None, ge=0, le=2_000_000_000)
+    answers: TaskAnswers | None = None
+    """Of the best epoch; a complete or a pruned trial may have them."""
 
 
 class TellReply(Answer):

@@ -1,8 +1,8 @@
 """Our tables, in the schema `whetstone`, beside Optuna's stock ones in `public`.
 
-They hold what Optuna has no place for: specs, attempts with their leases, metrics, corrections, workers, tokens,
-sessions and idempotency keys. Alembic (hpo/migrations) makes them; these definitions are what queries are written
-against, and a test holds the two together. A trial's state, value and parameters stand in Optuna's tables only:
+They hold what Optuna has no place for: specs, attempts with their leases, metrics, answers, corrections, workers,
+tokens, sessions and idempotency keys. Alembic (hpo/migrations) makes them; these definitions are what queries are
+written against, and a test holds the two together. A trial's state, value and parameters stand in Optuna's tables only:
 nothing is stored twice, so nothing has to be reconciled.
 """
 
@@ -106,6 +106,16 @@ metrics = sa.Table(
     sa.Column("value", sa.Double),
     sa.Column("metrics", JSONB, nullable=False),
     _moment("at", default=True),
+)
+
+answers = sa.Table(
+    "answers",
+    metadata,
+    # A trial is told once and never opened again, so it has at most one row; a requeued point is another trial.
+    sa.Column("trial_id", sa.ForeignKey("public.trials.trial_id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("tasks", sa.Integer, nullable=False),
+    sa.Column("bits", BYTEA, nullable=False),  # `hpo.protocol.TaskAnswers` says in which order
+    sa.CheckConstraint("octet_length(bits) = (tasks + 7) / 8", name="answers_length"),
 )
 
 revisions = sa.Table(

@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 
 import sqlalchemy as sa
 
-from hpo import statements
+from hpo import answers, statements
 from hpo.desk import Desk, Known, one_fault
 from hpo.errors import Invalid, NotFound
 from hpo.protocol import Value
@@ -109,6 +109,7 @@ def get(desk: Desk, study: int, number: int) -> TrialDetail:
         trial_id = find(conn, study, number)
         view = view_of(conn, known, trial_id)
         history = attempts_of(conn, study, [(trial_id, number)])[trial_id]
+        score = answers.score_of(conn, trial_id)
         curve = [MetricPoint.model_validate(row._asdict()) for row in conn.execute(CURVE, {"trial_id": trial_id})]
     saved = [attempt for attempt in history if attempt.checkpoint_epoch is not None]
     return TrialDetail(
@@ -116,6 +117,7 @@ def get(desk: Desk, study: int, number: int) -> TrialDetail:
         seed=known.trial_seed(number),
         history=history,
         curve=curve,
+        score=score,
         checkpoint=saved[-1].artifacts if saved else None,
     )
 

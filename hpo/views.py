@@ -8,7 +8,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any, Generic, Literal, TypeVar, get_args
 
-from hpo.protocol import Point, Wire
+from hpo.protocol import Point, TaskAnswers, Wire
 
 StudyState = Literal["running", "paused", "stopped", "finished"]
 STUDY_STATES: tuple[StudyState, ...] = get_args(StudyState)
@@ -79,12 +79,62 @@ class AttemptView(Wire):
     """Number of the attempt whose checkpoint this one began from, or null."""
 
 
+class ScoreView(Wire):
+    """Tasks answered rightly, as a share of all, with Wilson's 95% interval."""
+
+    tasks: int
+    correct: int
+    accuracy: float
+    low: float
+    high: float
+
+
+class AnswersView(Wire):
+    """What a trial's best epoch made of each of the study's frozen tasks."""
+
+    study: int
+    trial: int
+    score: ScoreView
+    answers: TaskAnswers
+
+
+class SideView(Wire):
+    """One of two compared trials."""
+
+    study: int
+    study_name: str
+    trial: int
+    score: ScoreView
+
+
+class ComparisonView(Wire):
+    """Two trials task by task. Differences are of accuracies, a less b, as shares in [-1, 1]."""
+
+    tasks: int
+    a: SideView
+    b: SideView
+    both: int
+    only_a: int
+    only_b: int
+    neither: int
+    difference: float
+    low: float
+    """The difference's 95% interval, from the paired counts (Agresti and Min 2005)."""
+    high: float
+    p_value: float
+    """McNemar's exact test, two-sided: how often noise alone splits the tasks on which they differ so unevenly."""
+    more_than_noise: bool
+    verdict: str
+
+
 class TrialDetail(TrialView):
     """A trial with its attempts and its learning curve. On an epoch trained twice the later attempt speaks."""
 
     seed: int
     history: list[AttemptView]
     curve: list[MetricPoint]
+    score: ScoreView | None
+    """What its best epoch made of the study's frozen tasks, or null where its answers were not told."""
     checkpoint: str | None
     """Folder with the best checkpoint, relative to the artifacts root, or null."""
 

@@ -66,6 +66,9 @@ class Ended:
     traceback: str = ""
     poisoned: bool = False
     """The device or its CUDA context is beyond repair: every later call in this process would fail."""
+    tasks: int = 0
+    answers: bytes | None = None
+    """Which of the validation tasks the best epoch answered rightly, one bit a task."""
 
 
 class Siamese:
@@ -134,7 +137,8 @@ class Siamese:
         value = result.value
         if result.outcome == "infeasible":
             value = 1.0 / recipe.way
-        return Ended(result.outcome, value, result.best_epoch, result.reason or "")
+        tasks, answers = getattr(result, "tasks", 0), getattr(result, "answers", None)
+        return Ended(result.outcome, value, result.best_epoch, result.reason or "", tasks=tasks, answers=answers)
 
     def _agreed(self, lease: Lease, place: Place, source: str, size: int) -> Dataset:
         """The data set of this study. Where it leaves the choice open, the one that its first trial had: values of

@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from hpo.protocol import EpochReport, Lease, ReleaseReason, ReleaseRequest, TellRequest, Verdict
+from hpo.protocol import EpochReport, Lease, ReleaseReason, ReleaseRequest, TaskAnswers, TellRequest, Verdict
 from workers.artifacts import Artifacts, Place, UnsafeName
 from workers.client import ApiError, Backoff, Client, ServerUnreachable, is_transient
 from workers.sender import Sender
@@ -174,15 +174,21 @@ class Conductor:
             reason=_storable(ended.reason, 20_000),
             traceback=_storable(ended.traceback, 100_000),
             checkpoint_epoch=sender.checkpoint_epoch,
+            answers=_answers(lease, ended),
         )
         if ended.outcome == "failed":
             log.error("trial %d failed:\n%s", lease.trial, ended.traceback.rstrip() or ended.reason)
         path, body = f"/api/v1/leases/{lease.lease}/tell", request.model_dump(mode="json")
+        if request.answers is None:
+            del body["answers"]  # servers of an older release know no such field
         try:
             reply = self._settle(path, body)
         except (ServerUnreachable, ApiError) as error:
             if is_transient(error):
                 log.error("the outcome of trial %d could not be told (%s); %s", *self._left(lease, path, body, error))
+            elif isinstance(error, ApiError) and error.status in (400, 413, 422) and request.answers is not None:
+                log.warning("trial %d is told without its answers to single tasks: %s", lease.trial, error)
+                self._tell(lease, replace(ended, answers=None), sender, seconds)
             elif isinstance(error, ApiError) and error.status in (400, 413, 422) and ended.outcome != "failed":
                 refused = f"the coordinator refused the outcome ({ended.outcome}): {error}"
                 self._tell(lease, replace(ended, outcome="failed", value=None, reason=refused), sender, seconds)
@@ -265,6 +271,17 @@ def _set_threads(threads: int | None) -> None:
         import torch
 
         torch.set_num_threads(threads)
+
+
+def _answers(lease: Lease, ended: Ended) -> TaskAnswers | None:
+    """The answers as the wire takes them. Those that it would refuse are left out: the outcome counts more."""
+    if ended.answers is None or ended.outcome not in ("complete", "pruned"):
+        return None
+    try:
+        return TaskAnswers.of(ended.tasks, ended.answers)
+    except ValueError as error:
+        log.warning("trial %d is told without its answers to single tasks: %s", lease.trial, error)
+        return None
 
 
 def _storable(text: str, limit: int) -> str:

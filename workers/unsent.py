@@ -18,7 +18,8 @@ from typing import Any
 from workers.client import ApiError, Client, ServerUnreachable, is_transient
 
 log = logging.getLogger("whetstone.worker")
-_LARGEST = 100_000
+_LARGEST = 1_000_000
+"""What a server takes of one message, and more than any tell is long."""
 
 
 class Unsent:

@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Body, Query
 
 from api import openapi
-from api.routes.base import Cursor, Document, Hpo, Limit, OnceOnly, StudyId, TrialNumber, Waits, Who, needs
+from api.routes.base import INT4, Cursor, Document, Hpo, Limit, OnceOnly, StudyId, TrialNumber, Waits, Who, needs
 from api.routes.base import router as api_router
 from hpo import spec
 from hpo.protocol import AskRequest, Lease
-from hpo.views import Page, TrialDetail, TrialState, TrialView
+from hpo.views import AnswersView, ComparisonView, Page, TrialDetail, TrialState, TrialView
 
 router: APIRouter = api_router(tags=["trials"])
 
@@ -45,6 +45,26 @@ def add_trial(study: StudyId, hpo: Hpo, sent: Document, once: OnceOnly) -> Trial
 def get_trial(study: StudyId, n: TrialNumber, hpo: Hpo) -> TrialDetail:
     """One trial with its attempts, its learning curve and the reason of its end."""
     return hpo.get_trial(study, n)
+
+
+@router.get("/studies/{study}/trials/{n}/answers", **needs("viewer", 404))
+def get_answers(study: StudyId, n: TrialNumber, hpo: Hpo) -> AnswersView:
+    """What the trial's best epoch made of each of the study's frozen tasks: one bit a task, with the score."""
+    return hpo.get_answers(study, n)
+
+
+@router.get("/studies/{study}/compare", **needs("viewer", 404, 409))
+def compare(
+    study: StudyId,
+    hpo: Hpo,
+    a: Annotated[int, Query(ge=0, le=INT4, description="A trial's number.")],
+    b: Annotated[int, Query(ge=0, le=INT4, description="Another's.")],
+    b_study: Annotated[
+        int | None, Query(ge=0, le=INT4, description="The study of b, if it is another one on the same tasks.")
+    ] = None,
+) -> ComparisonView:
+    """Two trials task by task: accuracies, their difference with its interval, and whether it is more than noise."""
+    return hpo.compare(study, a, b, b_study)
 
 
 @router.post("/studies/{study}/trials/{n}/cancel", **needs("admin", 404, 409))
