@@ -1,10 +1,13 @@
-"""From packed bits to grey images of any size, by area averaging.
+"""Images of any size, from packed bits or grey images: smaller by area averaging, larger by bilinear interpolation.
 
 Promise: a pixel of the smaller image is the mean of exactly the area it covers, fractions of pixels included, so no
-stroke is lost however far an image shrinks. At the original size the result is the bits themselves, 255 for ink.
+stroke is lost however far an image shrinks. A larger image has no steps. At the original size nothing changes; bits
+are then 255 for ink. Packed bits are enlarged by area, too: their edges stay as sharp as they were.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -33,10 +36,40 @@ def unpack(packed: NDArray[np.uint8], side: int, size: int) -> NDArray[np.uint8]
 
 def shrink(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     """(n, side, side) uint8 to (n, size, size) uint8, rounded to the nearest grey."""
+    rows = area_weights(images.shape[-1], size)
+    return _apply(rows, images, rows)
+
+
+def resize(images: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """(n, side, side) uint8 to (n, size, size) uint8: area averages where that is smaller, bilinear where larger."""
     side = images.shape[-1]
-    weights = torch.from_numpy(area_weights(side, size)).to(torch.float32)
-    pixels = torch.from_numpy(images).to(torch.float32)
-    return (weights @ pixels @ weights.T).round_().clamp_(0, 255).to(torch.uint8).numpy()
+    if side == size:
+        return images
+    rows = weights(side, size)
+    out = np.empty((len(images), size, size), dtype=np.uint8)
+    for start in range(0, len(images), _CHUNK):
+        out[start : start + _CHUNK] = _apply(rows, images[start : start + _CHUNK], rows)
+    return out
+
+
+def into_square(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """(n, height, width) uint8 to (n, size, size) uint8: in the middle of a square, what is added being 0."""
+    _, height, width = image.shape
+    side = max(height, width)
+    square = weights(side, size)
+    top, left = (side - height) // 2, (side - width) // 2
+    # The added pixels are 0, so leaving their weights out is the same as adding them.
+    return _apply(square[:, top : top + height], image, square[:, left : left + width])
+
+
+@lru_cache(maxsize=8)
+def weights(side: int, size: int) -> NDArray[np.float64]:
+    """(size, side): the part of each old pixel in each new one, along one axis; rows add up to 1. Not to be changed."""
+    if size <= side:
+        return area_weights(side, size)
+    middle = np.clip((np.arange(size)[:, None] + 0.5) * (side / size) - 0.5, 0, side - 1)
+    near: NDArray[np.float64] = np.clip(1 - np.abs(middle - np.arange(side)[None, :]), 0, None)
+    return near
 
 
 def area_weights(side: int, size: int) -> NDArray[np.float64]:
@@ -46,6 +79,13 @@ def area_weights(side: int, size: int) -> NDArray[np.float64]:
     overlap = np.minimum(new + side / size, old + 1) - np.maximum(new, old)
     weights: NDArray[np.float64] = np.clip(overlap, 0, None) * (size / side)
     return weights
+
+
+def _apply(rows: NDArray[np.float64], images: NDArray[np.uint8], columns: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """rows @ image @ columns.T for each of (n, height, width), rounded to the nearest grey."""
+    left, right = torch.from_numpy(rows).to(torch.float32), torch.from_numpy(columns).to(torch.float32)
+    pixels = torch.from_numpy(images.astype(np.float32))
+    return (left @ pixels @ right.T).round_().clamp_(0, 255).to(torch.uint8).numpy()
 
 
 def _pixels(table: NDArray[np.uint64], packed: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
