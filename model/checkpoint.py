@@ -9,6 +9,7 @@ Invariant: one writer per folder (`Checkpoints.locked`).
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import errno
 import fcntl
@@ -57,6 +58,8 @@ class State:
     """net.LAYER.weight, momentum.LAYER.weight, ..., generator, loss_sum."""
     data: str = ""
     """The data set that it was trained on, by name, whatever the config left open; "" where it was not noted."""
+    answers: bytes | None = None
+    """As in `model.train.FitResult`: which validation tasks the best epoch answered right."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ class Best:
     weights: Mapping[str, Tensor] = field(repr=False)
     """LAYER.weight and LAYER.bias."""
     data: str = ""
-    """As in `State`."""
+    answers: bytes | None = None
+    """Both as in `State`."""
 
 
 class Checkpoints:
@@ -91,12 +95,13 @@ class Checkpoints:
             "best_value": state.best_value,
             "tied_at": state.tied_at,
             "history": [dict(metrics) for metrics in state.history],
+            "answers": _text(state.answers),
         }
         self._write("last", document, state.tensors)
 
     def save_best(self, best: Best) -> None:
         """Replace `best`."""
-        about = {"config": best.config.document(), "data": best.data}
+        about = {"config": best.config.document(), "data": best.data, "answers": _text(best.answers)}
         self._write("best", {**about, "epoch": best.epoch, "metrics": dict(best.metrics)}, best.weights)
 
     def load_last(self) -> tuple[State | None, str]:
@@ -130,6 +135,7 @@ class Checkpoints:
             history=tuple(_metrics(metrics, at) for metrics in history),
             tensors=tensors,
             data=_data(document, at),
+            answers=_answers(document, at),
         )
 
     def read_best(self) -> Best:
@@ -137,7 +143,8 @@ class Checkpoints:
         document, weights = self._read("best")
         at = self.folder / "best.json"
         metrics = _metrics(document.get("metrics"), at)
-        return Best(_config(document, at), _count(document, "epoch", at), metrics, weights, _data(document, at))
+        epoch, data, answers = _count(document, "epoch", at), _data(document, at), _answers(document, at)
+        return Best(_config(document, at), epoch, metrics, weights, data, answers)
 
     def best_epoch(self) -> int | None:
         """The epoch that `best` is of, from its JSON alone; None where there is none, or none that can be read."""
@@ -338,6 +345,20 @@ def _data(document: Mapping[str, Any], path: Path) -> str:
     if not isinstance(name, str):
         raise _damaged(path, "data is no name")
     return name
+
+
+def _text(answers: bytes | None) -> str | None:
+    return None if answers is None else base64.b64encode(answers).decode()
+
+
+def _answers(document: Mapping[str, Any], path: Path) -> bytes | None:
+    text = document.get("answers")
+    if text is None:
+        return None
+    try:
+        return base64.b64decode(text, validate=True)
+    except (ValueError, TypeError) as fault:
+        raise _damaged(path, "answers are not base64") from fault
 
 
 def _count(document: Mapping[str, Any], key: str, path: Path) -> int:

@@ -3,17 +3,22 @@
 Needs no torch, so a coordinator can refuse a network that runs out of pixels before anybody trains it. A convolution
 has stride 1 and no padding (Koch et al. 2015, section 3.1): an image of side s leaves it at s - kernel + 1. Pooling is
 2 x 2 with stride 2; "floor" drops an odd last row and column, "ceil" pools what is there of them.
-Invariant: the labels name the layers that hold weights, in order: conv1 .. convN, fc, output.
+Invariant: the labels name the layers that hold weights, in order: conv1 .. convN, fc (or fc1 .. fcM where there are
+several), and output where there is a head with weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, Literal
 
 Pool = Literal["none", "floor", "ceil"]
+Activation = Literal["sigmoid", "relu", "tanh", "none"]
+Distance = Literal["l1", "l2", "cosine"]
+Head = Literal["weighted", "classes", "none"]
 
 
 @dataclass(frozen=True)
@@ -27,16 +32,49 @@ class Conv:
 
 @dataclass(frozen=True)
 class NetConfig:
-    """A network for square images of `input` pixels a side: convolutions, one fully connected layer, one output."""
+    """A network for square images of `input` pixels a side, and how it compares two of them.
+
+    `fc` holds the sizes of the fully connected layers: ReLU and `dropout` after each but the last, which is the
+    embedding and goes through `activation`. Similarities come from a `weighted` head (alpha over componentwise
+    differences) or, with head none or classes, from a distance between embeddings, on the unit sphere with `normalise`.
+    `classes` is the number of outputs of a head that classifies.
+    """
 
     input: int
     conv: tuple[Conv, ...]
-    fc: int
+    fc: tuple[int, ...]
+    channels: int = 1
+    activation: Activation = "sigmoid"
+    dropout: float = 0.0
+    distance: Distance = "l1"
+    normalise: bool = False
+    head: Head = "weighted"
+    classes: int = 0
+
+    @property
+    def convolutions(self) -> tuple[str, ...]:
+        """("conv1", ..., "convN")."""
+        return tuple(f"conv{i}" for i in range(1, len(self.conv) + 1))
+
+    @property
+    def connected(self) -> tuple[str, ...]:
+        """("fc",), or ("fc1", ..., "fcM") where there are several."""
+        return ("fc",) if len(self.fc) == 1 else tuple(f"fc{i}" for i in range(1, len(self.fc) + 1))
 
     @property
     def labels(self) -> tuple[str, ...]:
         """Names of the layers that have weights: ("conv1", ..., "fc", "output")."""
-        return (*(f"conv{i}" for i in range(1, len(self.conv) + 1)), "fc", "output")
+        return (*self.convolutions, *self.connected, *(() if self.head == "none" else ("output",)))
+
+    @property
+    def embedding(self) -> int:
+        """Number of values by which an image is compared."""
+        return self.fc[-1]
+
+    @property
+    def outputs(self) -> int:
+        """Units of the head."""
+        return {"weighted": 1, "classes": self.classes, "none": 0}[self.head]
 
     @property
     def sides(self) -> tuple[int, ...]:
@@ -51,18 +89,19 @@ class NetConfig:
     @property
     def parameters(self) -> int:
         """Number of weights and biases: 38,951,745 for the paper's network."""
-        channels = (1, *(layer.filters for layer in self.conv))
+        channels = (self.channels, *(layer.filters for layer in self.conv))
         convs = sum(c.filters * (before * c.kernel**2 + 1) for before, c in zip(channels, self.conv, strict=False))
-        return convs + self.fc * (self.features + 1) + self.fc + 1
+        sizes = (self.features, *self.fc, *(() if self.head == "none" else (self.outputs,)))
+        return int(convs + sum(after * (before + 1) for before, after in pairwise(sizes)))
 
     @property
     def flops(self) -> int:
         """Floating-point operations to embed one image, a multiplication and an addition counting two."""
-        channels, total = 1, 0
+        channels, total = self.channels, 0
         for layer, side, _ in self._walk():
             total += 2 * side**2 * layer.filters * channels * layer.kernel**2
             channels = layer.filters
-        return total + 2 * self.features * self.fc
+        return total + sum(2 * before * after for before, after in pairwise((self.features, *self.fc)))
 
     def fault(self) -> str | None:
         """Say which layer runs out of pixels, or that the network is too large to be meant; None if it can be built."""
@@ -81,10 +120,11 @@ class NetConfig:
         return None
 
     def document(self) -> dict[str, Any]:
-        """The network as settings spell it; reading it back gives an equal NetConfig."""
+        """The layers as the setting `net` spells them; how images are compared are settings of their own."""
         pools: dict[Pool, bool | str] = {"none": False, "floor": True, "ceil": "ceil"}
         conv = [{"filters": c.filters, "kernel": c.kernel, "pool": pools[c.pool]} for c in self.conv]
-        return {"input": self.input, "conv": conv, "fc": self.fc}
+        fc = self.fc[0] if len(self.fc) == 1 else list(self.fc)
+        return {"input": self.input, "channels": self.channels, "conv": conv, "fc": fc}
 
     def _walk(self) -> Iterator[tuple[Conv, int, int]]:
         """Each convolution with the side after it and the side after its pooling."""
@@ -103,14 +143,14 @@ LARGEST_INPUT = 420
 PAPER = NetConfig(
     input=105,
     conv=(Conv(64, 10, "floor"), Conv(128, 7, "floor"), Conv(128, 4, "floor"), Conv(256, 4)),
-    fc=4096,
+    fc=(4096,),
 )
 """Koch et al. 2015, figure 4: 38,951,745 parameters."""
 
 MINI = NetConfig(
     input=28,
     conv=(Conv(32, 5, "floor"), Conv(64, 3, "floor"), Conv(64, 2), Conv(128, 2, "ceil")),
-    fc=512,
+    fc=(512,),
 )
 """Its sister of 331,841 parameters, which learns on one CPU core in a minute."""
 

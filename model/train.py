@@ -12,40 +12,36 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal, NoReturn
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from model import evaluate
-from model.checkpoint import Best, Checkpoints, State
-from model.distortion import clean, distort
-from model.drawings import Dataset
+from model import evaluate, optim
+from model.checkpoint import Best, CheckpointError, Checkpoints, State, open_checkpoint
+from model.drawings import DataError, Dataset, rotated
 from model.episode import draw
 from model.evaluate import never
 from model.health import EVERY, PROBE_PAIRS, Health
 from model.init import initialise
+from model.memory import out_of_memory
 from model.net import SiameseNet
-from model.optim import optimizer, schedule
 from model.pairs import PairSampler
-from model.precision import autocast, wants_bf16
+from model.precision import wants_bf16
 from model.recipe import load_recipe
 from model.spec import TrainConfig
+from model.step import Interrupted, Updates
 
 __all__ = ["FitResult", "Report", "Signal", "fit", "load_recipe"]
 
 log = logging.getLogger(__name__)
 Outcome = Literal["complete", "infeasible", "pruned", "stopped"]
 
-_PIECE_FLOPS = {"cpu": 1.5e11, "cuda": 5e13}
-"""A batch is worked off in pieces of at most this much, so that an interrupt waits seconds on a slow core, and a large
-batch of large images fits into memory."""
 _WRITING_SHARE = 20
 """Between two checkpoints at least this many times what writing the last one took."""
 _FREE_TO_CHANGE = frozenset({"epochs", "patience", "max_seconds", "checkpoint_every_s", "precision"})
@@ -70,6 +66,8 @@ class FitResult:
     complete: trained to its end, `value` the highest validation accuracy of any epoch. infeasible: dead, or out of
     memory. pruned: told so. stopped: interrupted or told so, and can be resumed. `value` and `best_epoch` are None
     before the first epoch is measured; `epochs` counts those measured; `seconds` is the run's time, all attempts.
+    `answers` says of each of the `tasks` validation tasks whether the best epoch was right: bits, the first task in the
+    highest bit of the first byte (numpy.packbits); None where that is not known.
     """
 
     outcome: Outcome
@@ -79,6 +77,8 @@ class FitResult:
     reason: str
     seconds: float
     warnings: tuple[str, ...] = ()
+    answers: bytes | None = None
+    tasks: int = 0
 
 
 def fit(
@@ -93,13 +93,16 @@ def fit(
     """Train to the end of `config`, or until `report` or `interrupt` says otherwise, resuming from `store` if it can.
 
     `report` gets each epoch's number and its metrics: accuracy (the objective, on all validation tasks), accuracy_320
-    (on the paper's number of them), loss (mean cross-entropy in nats), pairs_per_s, seconds. `interrupt` is asked at
-    least once a step and must be cheap. Raises DataError where `data` cannot give the pairs or tasks, ValueError for
-    images of another size, CheckpointError where another run trains in the same folder, OSError where a checkpoint
-    cannot be written.
+    (on the paper's number of them), loss (the mean over the epoch; cross-entropy in nats), pairs_per_s (two images are
+    a pair), seconds. `interrupt` is asked at least once a step and must be cheap. Raises DataError where `data` cannot
+    give the pairs or tasks, ValueError for images of another size or colour, CheckpointError where another run trains
+    in the same folder or the convolutions to transfer are of another shape, OSError where a checkpoint cannot be
+    written.
     """
     if data.size != config.net.input:
         raise ValueError(f"the network sees {config.net.input} pixels a side, the data set has {data.size}")
+    if data.channels != config.net.channels:
+        raise ValueError(f"the network sees {config.net.channels} channels, the data set has {data.channels}")
     with store.locked() if store else contextlib.nullcontext():
         run: _Run | None = None
         began = time.monotonic()
@@ -111,7 +114,7 @@ def fit(
             assert run is not None
             return run.result(end.outcome, end.reason)
         except (MemoryError, RuntimeError) as fault:
-            if not _out_of_memory(fault):
+            if not out_of_memory(fault):
                 raise
             reason = f"out of memory on {device}: {str(fault).splitlines()[0][:300]}"
             if run is None:
@@ -141,17 +144,24 @@ class _Run:
     ) -> None:
         self.config, self.report, self.device, self.store, self.interrupt = config, report, device, store, interrupt
         self.data = data.to(device)
-        self.tasks = draw(data.validation, config.validation_tasks, config.way, config.validation_seed)
-        self.sampler = PairSampler(self.data.train, config.batch_pairs, config.same_alphabet)
+        drawings = rotated(self.data.train) if config.rotations else self.data.train
+        if config.loss == "classes" and config.net.classes != len(drawings.characters):
+            have = len(drawings.characters)
+            raise DataError(
+                f"classes is {config.net.classes}, and there are {have} training characters: set it to {have}"
+            )
+        self.tasks = draw(
+            data.validation, config.validation_tasks, config.way, config.validation_seed, shot=config.shot
+        )
         self.bf16 = wants_bf16(config.precision, device)
         self.net = SiameseNet(config.net)
-        initialise(self.net, config.init, _stream(config.seed, "weights"))
+        initialise(self.net, config.init, self.stream("weights"))
         self.net.on(device)
-        self.sgd = optimizer(self.net, config)
-        self.generator = _stream(config.seed, "training")
-        probe = PairSampler(self.data.train, PROBE_PAIRS, config.same_alphabet)
-        first, second, _ = probe.draw(_stream(config.seed, "probe"))
-        self.health = Health(self.data.train.flat[torch.cat([first, second])])
+        self.optim = optim.optimizer(self.net, config)
+        self.updates = Updates(self.net, self.optim, drawings, config, self.stream, bf16=self.bf16)
+        probe = PairSampler(drawings, PROBE_PAIRS, config.same_alphabet)
+        first, second, _ = probe.draw(self.stream("probe"))
+        self.health = Health(drawings.flat[torch.cat([first, second])])
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=device)
         self.epoch, self.step = 0, 0
         self.best_epoch: int | None = None
@@ -161,8 +171,12 @@ class _Run:
         self.earlier_seconds, self.epoch_seconds = 0.0, 0.0
         self.began = self.saved_at = time.monotonic()
         self.writing_took = 0.0
-        work = 6 * config.net.flops * config.batch_pairs  # two images a pair, and backward twice as dear as forward
-        self.pieces = min(config.batch_pairs, math.ceil(work / _PIECE_FLOPS.get(device.type, math.inf)))
+        self.answers: bytes | None = None
+
+    def stream(self, purpose: str) -> torch.Generator:
+        """A CPU generator of its own for one purpose. Hashed, for torch's takes only the lower 32 bits of a seed."""
+        digest = hashlib.sha256(f"{self.config.seed}/{purpose}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
 
     @property
     def seconds(self) -> float:
@@ -177,9 +191,16 @@ class _Run:
         return self.result("complete", reason)
 
     def result(self, outcome: Outcome, reason: str) -> FitResult:
-        epochs = len(self.history)
         return FitResult(
-            outcome, self.best_value, self.best_epoch, epochs, reason, self.seconds, warnings=tuple(self.warnings)
+            outcome,
+            self.best_value,
+            self.best_epoch,
+            len(self.history),
+            reason,
+            self.seconds,
+            warnings=tuple(self.warnings),
+            answers=self.answers,
+            tasks=len(self.tasks),
         )
 
     def _finished(self) -> str:
@@ -200,14 +221,18 @@ class _Run:
         return self.config.max_seconds is not None and self.seconds >= self.config.max_seconds
 
     def _train_epoch(self) -> None:
-        schedule(self.sgd, self.config, self.epoch)
+        optim.schedule(self.optim, self.config, self.epoch)
         earlier, began = self.epoch_seconds, time.monotonic()
         while self.step < self.config.steps_per_epoch and not (self.step and self._out_of_time()):
             if self.interrupt():
                 self._stop("interrupted")
-            self._train_step()
-            self.step += 1
             total = self.epoch * self.config.steps_per_epoch + self.step
+            try:
+                self.loss_sum += self.updates.make(total, self.interrupt)
+            except Interrupted:
+                self._stop("interrupted")
+            self.step += 1
+            total += 1
             if total % EVERY == 0 and (dead := self.health.check(self.net, self.loss_sum, total)):
                 raise _End("infeasible", dead)
             self.epoch_seconds = earlier + time.monotonic() - began
@@ -216,31 +241,6 @@ class _Run:
         if dead := self.health.finite(self.net, self.loss_sum, total):  # before it can be anybody's best epoch
             raise _End("infeasible", dead)
         self.epoch_seconds = earlier + time.monotonic() - began
-
-    def _train_step(self) -> None:
-        """One update by the mean loss of a batch. Interrupted between two pieces, it leaves no trace."""
-        before = self.generator.get_state() if self.pieces > 1 else None
-        first, second, same = self.sampler.draw(self.generator)  # (B,), (B,), (B,)
-        images = self.data.train.flat[torch.cat([first, second])]  # (2B, S, S) uint8
-        pixels = distort(images, self.generator) if self.config.distort else clean(images)  # (2B, 1, S, S)
-        self.sgd.zero_grad(set_to_none=True)
-        pairs = self.config.batch_pairs
-        total = torch.zeros_like(self.loss_sum)
-        size = math.ceil(pairs / self.pieces)
-        for begin in range(0, pairs, size):
-            if begin and self.interrupt():
-                assert before is not None
-                self.generator.set_state(before)
-                self._stop("interrupted")
-            end = min(begin + size, pairs)
-            part = torch.cat([pixels[begin:end], pixels[pairs + begin : pairs + end]]) if self.pieces > 1 else pixels
-            with autocast(self.device, self.bf16):
-                logits = self.net(part.contiguous(memory_format=torch.channels_last))  # (b,)
-            loss = F.binary_cross_entropy_with_logits(logits, same[begin:end], reduction="sum") / pairs
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
-        self.sgd.step()
-        self.loss_sum += total
 
     def _measure(self) -> None:
         """Evaluate the epoch just trained, keep it if it is the best, and report it."""
@@ -254,14 +254,16 @@ class _Run:
             "accuracy": right.double().mean().item(),
             "accuracy_320": _spread(right, evaluate.PAPER_TASKS).double().mean().item(),
             "loss": self.loss_sum.item() / self.step,
-            "pairs_per_s": self.step * self.config.batch_pairs / max(self.epoch_seconds, 1e-9),
+            "pairs_per_s": self.step * self.config.pairs_per_batch / max(self.epoch_seconds, 1e-9),
             "seconds": self.seconds,
         }
         epoch = self.epoch
         if self.best_value is None or metrics["accuracy"] > self.best_value:
             self.best_epoch, self.best_value = epoch, metrics["accuracy"]
+            self.answers = np.packbits(right.numpy()).tobytes()
             if self.store:
-                self.store.save_best(Best(self.config, epoch, metrics, self.net.state_dict(), self.data.name))
+                weights = self.net.state_dict()
+                self.store.save_best(Best(self.config, epoch, metrics, weights, self.data.name, self.answers))
         self.history.append(metrics)
         self.epoch, self.step, self.epoch_seconds = epoch + 1, 0, 0.0
         self.loss_sum.zero_()
@@ -286,11 +288,12 @@ class _Run:
         if self.store is None:
             return
         began = time.monotonic()
-        tensors: dict[str, Tensor] = {"generator": self.generator.get_state(), "loss_sum": self.loss_sum}
-        for name, parameter in self.net.named_parameters():
-            tensors[f"net.{name}"] = parameter
-            if (momentum := self.sgd.state[parameter].get("momentum_buffer")) is not None:
-                tensors[f"momentum.{name}"] = momentum
+        tensors: dict[str, Tensor] = {
+            "generator": self.updates.generator.get_state(),
+            "loss_sum": self.loss_sum,
+            **{f"net.{name}": parameter for name, parameter in self.net.named_parameters()},
+            **optim.memory(self.optim, self.net, self.config),
+        }
         self.store.save_last(
             State(
                 config=self.config,
@@ -304,6 +307,7 @@ class _Run:
                 history=tuple(self.history),
                 tensors=tensors,
                 data=self.data.name,
+                answers=self.answers,
             )
         )
         self.saved_at = time.monotonic()
@@ -311,28 +315,27 @@ class _Run:
 
     def resume(self) -> None:
         """Go on from the store's last checkpoint, or begin, with a warning where there is one that cannot be used."""
-        if self.store is None:
-            return
-        state, warning = self.store.load_last()
+        state, warning = self.store.load_last() if self.store else (None, "")
         if state is not None:
             warning = self._mismatch(state)
         if warning:
             self._warn(warning)
         if state is None or warning:
+            if self.config.transfer is not None:
+                transfer(self.config.transfer, self.net)
             return
         with torch.no_grad():
             for name, parameter in self.net.named_parameters():
                 parameter.copy_(state.tensors[f"net.{name}"])
-                if (saved := state.tensors.get(f"momentum.{name}")) is not None:
-                    self.sgd.state[parameter]["momentum_buffer"] = torch.empty_like(parameter).copy_(saved)
-        self.generator.set_state(state.tensors["generator"])
+        optim.remember(self.optim, self.net, self.config, state.tensors)
+        self.updates.generator.set_state(state.tensors["generator"])
         self.loss_sum.copy_(state.tensors["loss_sum"])
         self.epoch, self.step = state.epoch, state.step
         self.best_epoch, self.best_value = state.best_epoch, state.best_value
         self.health.tied_at = state.tied_at
-        self.history = list(state.history)
+        self.history, self.answers = list(state.history), state.answers
         self.earlier_seconds, self.epoch_seconds = state.seconds, state.epoch_seconds
-        if self.best_epoch is not None and self.store.best_epoch() is None:
+        if self.best_epoch is not None and self.store and self.store.best_epoch() is None:
             self._warn(f"the weights of the best epoch so far ({self.best_epoch}) are lost; a later best will be kept")
 
     def _mismatch(self, state: State) -> str:
@@ -342,14 +345,15 @@ class _Run:
             return "starting over, for the checkpoint is of another run: its hyperparameters, settings or seed differ"
         if state.data not in ("", self.data.name):
             return f"starting over, for the checkpoint was trained on {state.data} and this run has {self.data.name}"
-        want: dict[str, Any] = {"generator": self.generator.get_state(), "loss_sum": self.loss_sum}
+        want = {"generator": self.updates.generator.get_state(), "loss_sum": self.loss_sum}
         want |= {f"net.{name}": parameter for name, parameter in self.net.named_parameters()}
-        momenta = {f"momentum.{name}": parameter for name, parameter in self.net.named_parameters()}
-        extra = set(state.tensors) - set(want) - set(momenta)
-        want |= {name: parameter for name, parameter in momenta.items() if name in state.tensors}
-        for name, tensor in want.items():
+        remembered = optim.shapes(self.net, self.config)
+        extra = set(state.tensors) - set(want) - set(remembered)
+        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in want.items()}
+        shapes |= {name: (shape, torch.float32) for name, shape in remembered.items() if name in state.tensors}
+        for name, wanted in shapes.items():
             saved = state.tensors.get(name)
-            if saved is None or saved.shape != tensor.shape or saved.dtype != tensor.dtype:
+            if saved is None or (saved.shape, saved.dtype) != wanted:
                 return f"starting over, for the checkpoint's tensor {name} is missing or of another shape"
         if extra or state.step > self.config.steps_per_epoch or state.epoch != len(state.history):
             return "starting over, for the checkpoint contradicts itself"
@@ -367,19 +371,25 @@ def essence(config: TrainConfig) -> dict[str, Any]:
     return document
 
 
-def _stream(seed: int, purpose: str) -> torch.Generator:
-    """A CPU generator of its own for one purpose. Hashed, for torch's takes only the lower 32 bits of a seed."""
-    digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+def transfer(path: str, net: SiameseNet) -> None:
+    """Take the convolutions of a checkpoint over into `net`. Raises CheckpointError where they do not fit."""
+    saved = open_checkpoint(path)
+    weights = (
+        saved.weights if isinstance(saved, Best) else {k.removeprefix("net."): v for k, v in saved.tensors.items()}
+    )
+    with torch.no_grad():
+        for label in net.config.convolutions:
+            for name, parameter in net.layer(label).named_parameters():
+                found = weights.get(f"{label}.{name}")
+                if found is None or found.shape != parameter.shape:
+                    have = "none" if found is None else " x ".join(map(str, found.shape))
+                    need = " x ".join(map(str, parameter.shape))
+                    raise CheckpointError(
+                        f"transfer from {path}: {label}.{name} is {have} there, this network has {need}"
+                    )
+                parameter.copy_(found)
 
 
 def _spread(right: Tensor, count: int) -> Tensor:
     """`count` of the answers, evenly over all tasks; all of them where there are fewer."""
     return right if len(right) <= count else right[torch.arange(count) * len(right) // count]
-
-
-def _out_of_memory(fault: BaseException) -> bool:
-    if isinstance(fault, MemoryError | torch.OutOfMemoryError):
-        return True
-    text = str(fault)
-    return "DefaultCPUAllocator" in text or "out of memory" in text

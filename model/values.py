@@ -117,6 +117,34 @@ def optional(inner: Kind) -> Kind:
     return kind
 
 
+def several(inner: Kind, most: int) -> Kind:
+    """One `inner`, or a list of 1 to `most` of them; the value is a tuple."""
+
+    def kind(value: Any) -> tuple[Any, str]:
+        if not isinstance(value, list | tuple):
+            result, fault = inner(value)
+            return (None if fault else (result,)), fault
+        if not 1 <= len(value) <= most:
+            return None, f"must have 1 to {most} entries"
+        taken = [inner(entry) for entry in value]
+        fault = next((fault for _, fault in taken if fault), "")
+        return (None, f"each entry {fault}") if fault else (tuple(result for result, _ in taken), "")
+
+    return kind
+
+
+def path_text() -> Kind:
+    """A path of printable characters, at most 1,024."""
+    rule = "must be a path, as text of at most 1,024 printable characters"
+
+    def kind(value: Any) -> tuple[Any, str]:
+        if not isinstance(value, str):
+            return None, f"{rule}, not {show_type(value)}"
+        return (value, "") if 0 < len(value) <= 1024 and value.isprintable() else (None, rule)
+
+    return kind
+
+
 def _text_number(value: Any) -> str:
     """YAML 1.1 reads 1e-4 as text: say so, for whoever wrote it meant a number."""
     if isinstance(value, str) and len(value) <= 32 and re.fullmatch(r"[+-]?[0-9.]+[eE][+-]?[0-9]+", value):

@@ -11,7 +11,7 @@ from model.init import initialise
 from model.net import SiameseNet
 from tests.unit.siamese import SIDE
 
-CONFIG = NetConfig(SIDE, (Conv(4, 3, "floor"), Conv(6, 3, "ceil"), Conv(5, 2)), 8)
+CONFIG = NetConfig(SIDE, (Conv(4, 3, "floor"), Conv(6, 3, "ceil"), Conv(5, 2)), (8,))
 
 
 def seeded(config: NetConfig = CONFIG, scheme: str = "he", seed: int = 0) -> SiameseNet:
@@ -30,7 +30,7 @@ def test_the_network_has_as_many_parameters_as_its_geometry_says(name: str) -> N
     with torch.device("meta"):
         net = SiameseNet(config)
     assert sum(parameter.numel() for parameter in net.parameters()) == config.parameters
-    assert net.layer("fc").weight.shape == (config.fc, config.features)
+    assert net.layer("fc").weight.shape == (config.embedding, config.features)
 
 
 def test_it_computes_the_paper_s_formula() -> None:
@@ -65,7 +65,7 @@ def test_features_and_logits_stay_fp32_under_bf16() -> None:
 
 def test_an_impossible_geometry_is_refused() -> None:
     with pytest.raises(ValueError, match="conv1 runs out of pixels"):
-        SiameseNet(NetConfig(8, (Conv(4, 9),), 8))
+        SiameseNet(NetConfig(8, (Conv(4, 9),), (8,)))
 
 
 def test_a_seed_gives_the_same_weights_and_leaves_the_global_generator_alone() -> None:

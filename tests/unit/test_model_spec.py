@@ -125,9 +125,9 @@ def test_the_layer_that_runs_out_of_pixels_is_named() -> None:
     (fault,) = WORKLOAD.check({"net": deep})
     assert fault.at == "net"
     assert "conv3 runs out of pixels: its 9 x 9 kernel does not fit the 1 x 1" in fault.fault
-    pooled = NetConfig(8, (Conv(4, 8, "floor"),), 8)
+    pooled = NetConfig(8, (Conv(4, 8, "floor"),), (8,))
     assert "the pooling after conv1" in (pooled.fault() or "")
-    assert NetConfig(8, (Conv(4, 8, "ceil"),), 8).fault() is None
+    assert NetConfig(8, (Conv(4, 8, "ceil"),), (8,)).fault() is None
 
 
 def test_a_network_too_large_to_be_meant_is_refused() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import model.step
 import model.train
 from model import evaluate, strokes
 from model.checkpoint import CheckpointError, Checkpoints, State
@@ -133,7 +134,7 @@ def test_a_best_epoch_before_the_break_stays_the_best(tmp_path: Path, questions:
 
 def test_an_interrupt_within_a_large_batch_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of the full network takes many seconds on a slow core: it is worked off in pieces."""
-    monkeypatch.setitem(model.train._PIECE_FLOPS, "cpu", 6 * recipe().net.flops * 3)
+    monkeypatch.setitem(model.step._PIECE_FLOPS, "cpu", 6 * recipe().net.flops * 3)
     whole, heard, store = unbroken(tmp_path / "whole")
     asked = set()
     for questions in [*range(16), 41, 42]:
@@ -152,7 +153,7 @@ def test_an_interrupt_within_a_large_batch_leaves_no_trace(tmp_path: Path, monke
 
 def test_a_batch_in_pieces_takes_the_step_of_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, _, whole = unbroken(tmp_path / "whole", epochs=1)
-    monkeypatch.setitem(model.train._PIECE_FLOPS, "cpu", 6 * recipe().net.flops * 3)
+    monkeypatch.setitem(model.step._PIECE_FLOPS, "cpu", 6 * recipe().net.flops * 3)
     _, _, pieces = unbroken(tmp_path / "pieces", epochs=1)
     for name, tensor in weights(whole).items():
         torch.testing.assert_close(weights(pieces)[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
