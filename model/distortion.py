@@ -19,6 +19,9 @@ SCALE = 0.2
 TRANSLATION = 2.0 / 105.0
 """Of the image's side: 2 pixels at 105."""
 
+IDENTITY = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+"""The matrix that changes nothing."""
+
 
 def clean(images: Tensor) -> Tensor:
     """What a network sees of undistorted images: uint8 to float32 in [0, 1], ink 1.
@@ -34,9 +37,14 @@ def distort(images: Tensor, generator: torch.Generator) -> Tensor:
 
     The numbers are drawn on the generator's device, so one CPU generator gives the same distortions everywhere.
     """
-    matrix = draw_matrices(images.shape[0], generator).to(images.device, non_blocking=True)
+    return warp(images, draw_matrices(images.shape[0], generator))
+
+
+def warp(images: Tensor, matrices: Tensor) -> Tensor:
+    """`distort` by given matrices (B, 2, 3), as `draw_matrices` gives them."""
     pixels = clean(images)
-    grid = F.affine_grid(matrix, list(pixels.shape), align_corners=False)
+    matrices = matrices.to(images.device, non_blocking=True)
+    grid = F.affine_grid(matrices, list(pixels.shape), align_corners=False)
     return F.grid_sample(pixels, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
