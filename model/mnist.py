@@ -50,14 +50,12 @@ def load(data_root: Path | None, size: int, counts: Counts = FULL) -> Dataset:
     892 of each of the test file: as many as the rarest digit, 5, allows. The surplus, 6,000 and 1,080 images, is left
     out. Raises DataError where a file is missing or damaged.
     """
-    images, labels = _pair(data_root, "train", counts.train_file)
-    held, held_labels = _pair(data_root, "t10k", counts.test_file)
-    both = _rows(labels, counts.train + counts.validation, _path(data_root, "train-labels-idx1-ubyte"))
-    test = _rows(held_labels, counts.test, _path(data_root, "t10k-labels-idx1-ubyte"))
+    train, test = _Part(data_root, "train", counts.train_file), _Part(data_root, "t10k", counts.test_file)
+    rows = train.rows(counts.train + counts.validation)
     return Dataset(
-        train=_drawings(images, both[:, : counts.train], size),
-        validation=_drawings(images, both[:, counts.train :], size),
-        test=_drawings(held, test, size),
+        train=train.drawings(rows[:, : counts.train], size),
+        validation=train.drawings(rows[:, counts.train :], size),
+        test=test.drawings(test.rows(counts.test), size),
         name="mnist",
         size=size,
     )
@@ -68,24 +66,39 @@ def test_images(data_root: Path | None, size: int, counts: Counts = FULL) -> tup
 
     Raises DataError where a file is missing or damaged.
     """
-    images, labels = _pair(data_root, "t10k", counts.test_file)
-    return torch.from_numpy(np.array(resize(images, size))), torch.from_numpy(labels.astype(np.int64))
+    part = _Part(data_root, "t10k", counts.test_file)
+    return torch.from_numpy(np.array(resize(part.images, size))), torch.from_numpy(part.labels.astype(np.int64))
 
 
-def _pair(data_root: Path | None, part: str, count: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+class _Part:
     """The images (count, 28, 28) and labels (count,) of one part, train or t10k."""
-    images = _read(data_root, f"{part}-images-idx3-ubyte", (count, SIDE, SIDE))
-    labels = _read(data_root, f"{part}-labels-idx1-ubyte", (count,))
-    if labels.max() >= DIGITS:
-        raise _damaged(
-            _path(data_root, f"{part}-labels-idx1-ubyte"), f"holds the label {labels.max()}; digits end at 9"
-        )
-    return images, labels
+
+    def __init__(self, data_root: Path | None, part: str, count: int) -> None:
+        self.images, _ = _read(data_root, f"{part}-images-idx3-ubyte", (count, SIDE, SIDE))
+        self.labels, self._path = _read(data_root, f"{part}-labels-idx1-ubyte", (count,))
+        if self.labels.max() >= DIGITS:
+            raise _damaged(self._path, f"holds the label {self.labels.max()}; digits end at 9")
+
+    def rows(self, each: int) -> NDArray[np.int64]:
+        """(10, each): where the first images of each digit stand in the file."""
+        rows = [np.flatnonzero(self.labels == digit)[:each] for digit in range(DIGITS)]
+        for digit, found in enumerate(rows):
+            if len(found) < each:
+                number = f"names {len(found)} images of the digit {digit}"
+                raise _damaged(self._path, f"{number}; expected at least {each}")
+        return np.stack(rows)
+
+    def drawings(self, rows: NDArray[np.int64], size: int) -> Drawings:
+        chosen = resize(self.images[rows.reshape(-1)], size).reshape(*rows.shape, size, size)
+        names = tuple(f"MNIST/{digit}" for digit in range(DIGITS))
+        return Drawings(torch.from_numpy(chosen), torch.zeros(DIGITS, dtype=torch.int64), ("MNIST",), names)
 
 
-def _read(data_root: Path | None, name: str, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+def _read(data_root: Path | None, name: str, shape: tuple[int, ...]) -> tuple[NDArray[np.uint8], Path]:
     """One file, packed or else unpacked, whichever is whole; the fault of the first where neither is."""
-    plain = _path(data_root, name)
+    if data_root is None:
+        raise DataError(f"no MNIST: WHETSTONE_DATA is not set; {REMEDY}")
+    plain = data_root / FOLDER / name
     packed = plain.with_name(f"{name}.gz")
     found = [path for path in (packed, plain) if path.exists()]
     if not found:
@@ -93,7 +106,7 @@ def _read(data_root: Path | None, name: str, shape: tuple[int, ...]) -> NDArray[
     faults = []
     for path in found:
         try:
-            return _idx(path, shape)
+            return _idx(path, shape), path
         except DataError as fault:
             faults.append(fault)
     raise faults[0]
@@ -121,27 +134,6 @@ def _idx(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     if len(content) != size:
         raise _damaged(path, f"is {'cut short' if len(content) < size else 'too long'}; expected {expected} bytes")
     return np.frombuffer(content, dtype=np.uint8, offset=len(header)).reshape(shape)
-
-
-def _rows(labels: NDArray[np.uint8], each: int, path: Path) -> NDArray[np.int64]:
-    """(10, each): where the first images of each digit stand in the file."""
-    rows = [np.flatnonzero(labels == digit)[:each] for digit in range(DIGITS)]
-    for digit, found in enumerate(rows):
-        if len(found) < each:
-            raise _damaged(path, f"names {len(found)} images of the digit {digit}; expected at least {each}")
-    return np.stack(rows)
-
-
-def _drawings(images: NDArray[np.uint8], rows: NDArray[np.int64], size: int) -> Drawings:
-    chosen = resize(images[rows.reshape(-1)], size).reshape(*rows.shape, size, size)
-    names = tuple(f"MNIST/{digit}" for digit in range(DIGITS))
-    return Drawings(torch.from_numpy(chosen), torch.zeros(DIGITS, dtype=torch.int64), ("MNIST",), names)
-
-
-def _path(data_root: Path | None, name: str) -> Path:
-    if data_root is None:
-        raise DataError(f"no MNIST: WHETSTONE_DATA is not set; {REMEDY}")
-    return data_root / FOLDER / name
 
 
 def _damaged(path: Path, what: str) -> DataError:
