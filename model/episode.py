@@ -105,12 +105,14 @@ _KEYS = 2**26
 def _distinct(table: Tensor, chosen: Tensor, way: int, generator: torch.Generator) -> Tensor:
     """(T, way) different characters of row `chosen` of `table` each, in random order."""
     drawn = []
-    for rows in chosen.split(max(1, _KEYS // table.shape[1])):
+    step = max(1, _KEYS // table.shape[1])
+    for begin in range(0, len(chosen), step):
+        rows = table[chosen[begin : begin + step]]
         # The N smallest of one random key for each character; padding sorts last.
-        keys = torch.rand(len(rows), table.shape[1], generator=generator, dtype=torch.float64)
-        keys[table[rows] < 0] = 2.0
+        keys = torch.rand(rows.shape, generator=generator, dtype=torch.float64)
+        keys[rows < 0] = 2.0
         places = keys.topk(way, dim=1, largest=False, sorted=True).indices
-        drawn.append(table[rows].gather(1, places))
+        drawn.append(rows.gather(1, places))
     return torch.cat(drawn)
 
 

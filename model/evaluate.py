@@ -83,12 +83,10 @@ def answer(
 
     A character's similarity is the mean over its drawings in the support set.
     """
-    device = net.output.weight.device
-    if drawings.size != net.config.input:
-        raise ValueError(f"the network sees {net.config.input} pixels a side, the drawings have {drawings.size}")
+    device = net.device
     episodes = episodes.to(drawings.device)
     shown, place = torch.unique(torch.cat([episodes.query, episodes.support.flatten()]), return_inverse=True)
-    features = _embed(net, drawings.flat, shown, device, bf16, interrupt)  # (U, F)
+    features = embed(net, drawings, shown, bf16=bf16, interrupt=interrupt)  # (U, E)
     place = place.to(device)
     query, support = place[: len(episodes)], place[len(episodes) :].view(episodes.support.shape)  # (T,), (T, N, K)
     target = episodes.target.to(device)
@@ -101,6 +99,31 @@ def answer(
         similarity = net.compare(features[query[part], None, None], features[support[part]])  # (t, N, K)
         right[part] = strictly_best(similarity.mean(2), target[part])
     return right.cpu()
+
+
+@torch.no_grad()
+def embed(
+    net: SiameseNet,
+    drawings: Drawings,
+    shown: Tensor,
+    *,
+    bf16: bool = False,
+    interrupt: Callable[[], bool] = never,
+) -> Tensor:
+    """Embeddings (U, E) of the drawings with these flat indices, on the network's device. Raises as `answer` does."""
+    if drawings.size != net.config.input:
+        raise ValueError(f"the network sees {net.config.input} pixels a side, the drawings have {drawings.size}")
+    device, images = net.device, drawings.flat
+    shown = shown.to(images.device)
+    chunk = int(min(1024, max(8, _CHUNK_FLOPS // net.config.flops)))
+    features = torch.empty(len(shown), net.config.embedding, device=device)
+    for begin in range(0, len(shown), chunk):
+        if interrupt():
+            raise Interrupted
+        pixels = clean(images[shown[begin : begin + chunk]].to(device))
+        with autocast(device, bf16):
+            features[begin : begin + chunk] = net.embed(pixels.contiguous(memory_format=torch.channels_last))
+    return features
 
 
 def strictly_best(similarity: Tensor, target: Tensor) -> Tensor:
@@ -133,17 +156,3 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Loaded:
     except RuntimeError as fault:
         raise CheckpointError(f"{path}: its weights are not those of the network in its JSON") from fault
     return Loaded(net.on(device), saved.config, metrics, saved.data)
-
-
-def _embed(
-    net: SiameseNet, images: Tensor, shown: Tensor, device: torch.device, bf16: bool, interrupt: Callable[[], bool]
-) -> Tensor:
-    chunk = int(min(1024, max(8, _CHUNK_FLOPS // net.config.flops)))
-    features = torch.empty(len(shown), net.config.fc, device=device)
-    for begin in range(0, len(shown), chunk):
-        if interrupt():
-            raise Interrupted
-        pixels = clean(images[shown[begin : begin + chunk]].to(device))
-        with autocast(device, bf16):
-            features[begin : begin + chunk] = net.embed(pixels.contiguous(memory_format=torch.channels_last))
-    return features

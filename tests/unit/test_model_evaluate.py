@@ -14,7 +14,7 @@ from model.init import initialise
 from model.net import SiameseNet
 from tests.unit.siamese import SIDE, drawings
 
-CONFIG = NetConfig(SIDE, (Conv(4, 3, "floor"), Conv(6, 2)), 8)
+CONFIG = NetConfig(SIDE, (Conv(4, 3, "floor"), Conv(6, 2)), (8,))
 SHOWN = drawings(5)
 TASKS = draw(SHOWN, 60, 6, 0)
 
