@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import optuna
 import sqlalchemy as sa
 
 from hpo.coordinator import Coordinator
@@ -138,3 +139,19 @@ def deadlocks(engine: sa.Engine) -> int:
             sa.text("SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()")
         ).scalar_one()
         return found
+
+
+def attempts(engine: sa.Engine, trial: int = 0) -> list[tuple[int, str]]:
+    """Number and state of each attempt of a trial, in order."""
+    with engine.connect() as conn:
+        found = conn.execute(
+            sa.text("SELECT attempt, state FROM whetstone.attempts WHERE trial_number = :n ORDER BY attempt"),
+            {"n": trial},
+        )
+        return [(row.attempt, row.state) for row in found]
+
+
+def stock(engine: sa.Engine, name: str = "s") -> optuna.Study:
+    """The study as stock Optuna opens it."""
+    url = engine.url.render_as_string(hide_password=False)
+    return optuna.load_study(study_name=name, storage=optuna.storages.RDBStorage(url))
