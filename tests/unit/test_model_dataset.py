@@ -97,5 +97,22 @@ def test_a_size_or_a_source_that_does_not_exist_is_refused(tmp_path: Path) -> No
     for size in (0, -1, 421):
         with pytest.raises(ValueError, match="1 to 420 pixels"):
             dataset.load(size, data_root=None, home=tmp_path, notify=quiet)
-    with pytest.raises(ValueError, match="auto, omniglot or strokes"):
-        dataset.load(28, source="mnist", data_root=None, home=tmp_path, notify=quiet)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="auto, omniglot, strokes, mnist or folder"):
+        dataset.load(28, source="emnist", data_root=None, home=tmp_path, notify=quiet)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"1 channel .* or 3"):
+        dataset.load(28, channels=2, data_root=None, home=tmp_path, notify=quiet)
+    with pytest.raises(ValueError, match="data: folder needs `folder`"):
+        dataset.load(28, source="folder", data_root=tmp_path, home=tmp_path, notify=quiet)
+
+
+def test_any_data_is_given_in_three_channels(root: Path, data: Dataset, tmp_path: Path) -> None:
+    shown = dataset.load(105, channels=3, data_root=root, home=tmp_path, notify=lambda line: None)
+    assert (shown.channels, data.channels) == (3, 1)
+    assert shown.validation.images.shape == (data.validation.images.shape[0], 4, 3, 105, 105)
+    assert all(torch.equal(shown.test.flat[:, channel], data.test.flat) for channel in range(3))
+    assert dataset.load(8, source="strokes", channels=3, data_root=None, home=tmp_path, notify=quiet).channels == 3
+
+
+def test_mnist_asked_for_and_absent_is_a_fault_with_a_remedy(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no MNIST: .*train-images-idx3-ubyte\.gz is not there.*whetstone data fetch"):
+        dataset.load(28, source="mnist", data_root=root, home=tmp_path, notify=quiet)
