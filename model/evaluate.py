@@ -7,7 +7,7 @@ every pair therefore scores 0, never 100%: ties and NaN count as wrong.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -70,7 +70,6 @@ def one_shot(
     return Score.of(answer(net, drawings, episodes, bf16=bf16, interrupt=interrupt))
 
 
-@torch.no_grad()
 def answer(
     net: SiameseNet,
     drawings: Drawings,
@@ -83,16 +82,42 @@ def answer(
 
     A character's similarity is the mean over its drawings in the support set.
     """
-    device = net.device
-    episodes = episodes.to(drawings.device)
-    shown, place = torch.unique(torch.cat([episodes.query, episodes.support.flatten()]), return_inverse=True)
+    return answer_each(net, drawings, [episodes], bf16=bf16, interrupt=interrupt)[0]
+
+
+def answer_each(
+    net: SiameseNet,
+    drawings: Drawings,
+    sets: Sequence[Episodes],
+    *,
+    bf16: bool = False,
+    interrupt: Callable[[], bool] = never,
+) -> list[Tensor]:
+    """`answer` for several sets of tasks, of other ways and shots, over the same drawings: each embedded once."""
+    indices = [torch.cat([tasks.query, tasks.support.flatten()]) for tasks in sets]
+    shown, place = torch.unique(torch.cat(indices), return_inverse=True)
     features = embed(net, drawings, shown, bf16=bf16, interrupt=interrupt)  # (U, E)
-    place = place.to(device)
-    query, support = place[: len(episodes)], place[len(episodes) :].view(episodes.support.shape)  # (T,), (T, N, K)
-    target = episodes.target.to(device)
-    right = torch.empty(len(episodes), dtype=torch.bool, device=device)
+    right = []
+    for tasks, places in zip(sets, place.split([len(index) for index in indices]), strict=True):
+        query, support = places[: len(tasks)], places[len(tasks) :].view(tasks.support.shape)  # (T,), (T, N, K)
+        right.append(_decide(net, features, query, support, tasks.target, interrupt))
+    return right
+
+
+@torch.no_grad()
+def _decide(
+    net: SiameseNet,
+    features: Tensor,
+    query: Tensor,
+    support: Tensor,
+    target: Tensor,
+    interrupt: Callable[[], bool],
+) -> Tensor:
+    """Which tasks are answered right, (T,) bool; `query` (T,) and `support` (T, N, K) are rows of `features` (U, E)."""
+    query, support, target = (index.to(features.device) for index in (query, support, target))
+    right = torch.empty(len(query), dtype=torch.bool, device=features.device)
     chunk = max(1, _CHUNK_VALUES // (support[0].numel() * features.shape[1]))
-    for begin in range(0, len(episodes), chunk):
+    for begin in range(0, len(query), chunk):
         if interrupt():
             raise Interrupted
         part = slice(begin, begin + chunk)

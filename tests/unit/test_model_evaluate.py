@@ -8,7 +8,7 @@ import torch
 from model.baseline import interval
 from model.distortion import clean
 from model.episode import Episodes, draw
-from model.evaluate import Interrupted, Score, answer, one_shot, strictly_best
+from model.evaluate import Interrupted, Score, answer, answer_each, one_shot, strictly_best
 from model.geometry import Conv, NetConfig
 from model.init import initialise
 from model.net import SiameseNet
@@ -59,6 +59,19 @@ def test_each_distinct_image_is_embedded_once(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(net, "embed", lambda images: seen.append(len(images)) or embed(images))
     answer(net, SHOWN, TASKS)
     assert sum(seen) == len(torch.unique(torch.cat([TASKS.query, TASKS.support.flatten()]))) <= len(SHOWN)
+
+
+def test_several_sets_of_tasks_share_their_embeddings(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, seen = network(), []
+    sets = [
+        draw(SHOWN, 30, way, way, shot=shot, across=across)
+        for way, shot, across in ((3, 1, False), (6, 3, False), (9, 2, True))
+    ]
+    alone = [answer(net, SHOWN, tasks).tolist() for tasks in sets]
+    embed = net.embed
+    monkeypatch.setattr(net, "embed", lambda images: seen.append(len(images)) or embed(images))
+    assert [right.tolist() for right in answer_each(net, SHOWN, sets)] == alone
+    assert sum(seen) <= len(SHOWN)
 
 
 @pytest.mark.parametrize("place", range(6))
