@@ -54,7 +54,7 @@ def train(
     data = dataset.load(
         config.net.input, source=config.data, data_root=chosen.data_root, home=chosen.home_dir, notify=output.say  # type: ignore[arg-type]
     )  # fmt: skip
-    _keep_others_work(Checkpoints(into), config, data.name)
+    keep_others_work(Checkpoints(into), config, data.name)
     stopping: list[int] = []
 
     def stop(number: int, _: object) -> None:
@@ -98,7 +98,7 @@ def train(
     raise typer.Exit(OUTCOME_CODE[result.outcome])
 
 
-def _keep_others_work(store: Checkpoints, config: TrainConfig, data: str) -> None:
+def keep_others_work(store: Checkpoints, config: TrainConfig, data: str) -> None:
     """Refuse to train over the checkpoints of another run. Raises CheckpointError."""
     from model.checkpoint import CheckpointError
     from model.train import essence
