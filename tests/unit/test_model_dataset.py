@@ -24,8 +24,13 @@ def before(root: Path) -> dict[Path, int]:
 
 
 @pytest.fixture(scope="module")
-def data(root: Path, before: dict[Path, int], tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return dataset.load(105, data_root=root, home=tmp_path_factory.mktemp("home"), notify=lambda line: None)
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def data(root: Path, before: dict[Path, int], home: Path) -> Dataset:
+    return dataset.load(105, data_root=root, home=home, notify=lambda line: None)
 
 
 def quiet(line: str) -> None:
@@ -105,8 +110,8 @@ def test_a_size_or_a_source_that_does_not_exist_is_refused(tmp_path: Path) -> No
         dataset.load(28, source="folder", data_root=tmp_path, home=tmp_path, notify=quiet)
 
 
-def test_any_data_is_given_in_three_channels(root: Path, data: Dataset, tmp_path: Path) -> None:
-    shown = dataset.load(105, channels=3, data_root=root, home=tmp_path, notify=lambda line: None)
+def test_any_data_is_given_in_three_channels(root: Path, data: Dataset, home: Path, tmp_path: Path) -> None:
+    shown = dataset.load(105, channels=3, data_root=root, home=home, notify=quiet)
     assert (shown.channels, data.channels) == (3, 1)
     assert shown.validation.images.shape == (data.validation.images.shape[0], 4, 3, 105, 105)
     assert all(torch.equal(shown.test.flat[:, channel], data.test.flat) for channel in range(3))

@@ -65,7 +65,7 @@ def test_alphabets_characters_and_drawings_come_in_the_order_of_their_names(tmp_
             assert part.alphabets[part.alphabet[c]] == name.partition("/")[0]
 
 
-@pytest.mark.parametrize(("count", "parts"), [(3, (1, 1, 1)), (4, (2, 1, 1)), (5, (3, 1, 1)), (10, (6, 2, 2))])
+@pytest.mark.parametrize(("count", "parts"), [(3, (1, 1, 1)), (4, (2, 1, 1)), (5, (3, 1, 1)), (12, (8, 2, 2))])
 def test_alphabets_are_split_by_name(tmp_path: Path, count: int, parts: tuple[int, ...]) -> None:
     names = [f"a{i:02}" for i in range(count)]
     data = load(make(tmp_path, dict.fromkeys(names, (2, 2))))
