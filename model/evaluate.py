@@ -173,7 +173,8 @@ def load(path: Path | str, device: torch.device | str = "cpu") -> Loaded:
     if isinstance(saved, Best):
         weights, metrics = dict(saved.weights), dict(saved.metrics)
     else:
-        weights = {name.removeprefix("net."): t for name, t in saved.tensors.items() if name.startswith("net.")}
+        kept = "average." if saved.config.average else "net."
+        weights = {name.removeprefix(kept): t for name, t in saved.tensors.items() if name.startswith(kept)}
         metrics = dict(saved.history[-1]) if saved.history else {}
     net = SiameseNet(saved.config.net)
     try:

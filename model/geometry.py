@@ -19,6 +19,7 @@ Pool = Literal["none", "floor", "ceil"]
 Activation = Literal["sigmoid", "relu", "tanh", "none"]
 Distance = Literal["l1", "l2", "cosine"]
 Head = Literal["weighted", "classes", "none"]
+Norm = Literal["none", "batch"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class NetConfig:
     `fc` holds the sizes of the fully connected layers: ReLU and `dropout` after each but the last, which is the
     embedding and goes through `activation`. Similarities come from a `weighted` head (alpha over componentwise
     differences) or, with head none or classes, from a distance between embeddings, on the unit sphere with `normalise`.
-    `classes` is the number of outputs of a head that classifies.
+    `classes` is the number of outputs of a head that classifies. With norm batch a convolution's output is normalised
+    over the batch before its ReLU (Ioffe and Szegedy 2015).
     """
 
     input: int
@@ -50,6 +52,7 @@ class NetConfig:
     normalise: bool = False
     head: Head = "weighted"
     classes: int = 0
+    norm: Norm = "none"
 
     @property
     def convolutions(self) -> tuple[str, ...]:
@@ -90,7 +93,8 @@ class NetConfig:
     def parameters(self) -> int:
         """Number of weights and biases: 38,951,745 for the paper's network."""
         channels = (self.channels, *(layer.filters for layer in self.conv))
-        convs = sum(c.filters * (before * c.kernel**2 + 1) for before, c in zip(channels, self.conv, strict=False))
+        each = 1 if self.norm == "none" else 3  # a bias, and the normalisation's scale and shift
+        convs = sum(c.filters * (before * c.kernel**2 + each) for before, c in zip(channels, self.conv, strict=False))
         sizes = (self.features, *self.fc, *(() if self.head == "none" else (self.outputs,)))
         return int(convs + sum(after * (before + 1) for before, after in pairwise(sizes)))
 

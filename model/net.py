@@ -46,6 +46,8 @@ class SiameseNet(nn.Module):
         channels = (config.channels, *(layer.filters for layer in config.conv))
         for label, before, layer in zip(config.convolutions, channels, config.conv, strict=False):
             self.add_module(label, _empty(nn.Conv2d, before, layer.filters, layer.kernel))
+            if config.norm == "batch":
+                self.add_module(f"{label}_norm", nn.BatchNorm2d(layer.filters))
         for label, (before, after) in zip(config.connected, pairwise((config.features, *config.fc)), strict=True):
             self.add_module(label, _empty(nn.Linear, before, after))
         if config.head != "none":
@@ -65,22 +67,41 @@ class SiameseNet(nn.Module):
         assert isinstance(module, nn.Conv2d | nn.Linear)
         return module
 
-    def embed(self, images: Tensor, dropout: torch.Generator | None = None) -> Tensor:
-        """Embeddings: (B, channels, S, S) -> (B, E) fp32. In training a generator lets `config.dropout` take part."""
+    def others(self, label: str) -> list[nn.Parameter]:
+        """What a layer has beside its weight, and L2 leaves alone: its bias, its normalisation's scale and shift."""
+        layer = self.layer(label)
+        assert layer.bias is not None
+        norm = self._norm(label)
+        return [layer.bias] if norm is None else [layer.bias, norm.weight, norm.bias]  # type: ignore[list-item]
+
+    def embed(self, images: Tensor, training: torch.Generator | None = None) -> Tensor:
+        """Embeddings: (B, channels, S, S) -> (B, E) fp32.
+
+        A generator means training: `config.dropout` takes part, and batches are normalised by their own statistics.
+        """
         x = images
         for label, layer in zip(self.config.convolutions, self.config.conv, strict=True):
             x = self.layer(label)(x)  # (B, filters, s, s)
             if layer.pool != "none":
                 x = F.max_pool2d(x, 2, ceil_mode=layer.pool == "ceil")
+            if (norm := self._norm(label)) is not None:
+                x = norm.train(training is not None)(x)
             x = F.relu(x)
         x = x.flatten(1)  # (B, features)
         *hidden, last = self.config.connected
         for label in hidden:
             x = F.relu(self.layer(label)(x))
-            if dropout is not None and self.config.dropout:
-                x = x * _kept(x, self.config.dropout, dropout)
+            if training is not None and self.config.dropout:
+                x = x * _kept(x, self.config.dropout, training)
         x = _ACTIVATIONS[self.config.activation](self.layer(last)(x).float())  # (B, E)
         return F.normalize(x, dim=1, eps=1e-6) if self.config.normalise else x
+
+    def _norm(self, label: str) -> nn.BatchNorm2d | None:
+        if self.config.norm == "none" or label not in self.config.convolutions:
+            return None
+        module = self.get_submodule(f"{label}_norm")
+        assert isinstance(module, nn.BatchNorm2d)
+        return module
 
     def compare(self, first: Tensor, second: Tensor) -> Tensor:
         """Similarities (...) of embeddings (..., E), which broadcast: a larger one is more alike.

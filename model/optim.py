@@ -10,6 +10,7 @@ takes mu for beta1 and adds L2 to the gradient, as its first ports did.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -26,10 +27,9 @@ def optimizer(net: SiameseNet, config: TrainConfig) -> torch.optim.Optimizer:
     """Two groups a layer, {"label": ..., weights with weight_decay 2 lambda_j | biases with none}."""
     groups = []
     for rates in config.layers:
-        layer = net.layer(rates.label)
-        assert layer.bias is not None
-        groups.append({"params": [layer.weight], "label": rates.label, "weight_decay": rates.weight_decay})
-        groups.append({"params": [layer.bias], "label": rates.label, "weight_decay": 0.0})
+        weight = net.layer(rates.label).weight
+        groups.append({"params": [weight], "label": rates.label, "weight_decay": rates.weight_decay})
+        groups.append({"params": net.others(rates.label), "label": rates.label, "weight_decay": 0.0})
     made = torch.optim.SGD if config.optimizer == "sgd" else torch.optim.Adam
     optim: torch.optim.Optimizer = made(groups, lr=0.0, fused=True)
     schedule(optim, config, 0)
@@ -49,7 +49,9 @@ def schedule(optim: torch.optim.Optimizer, config: TrainConfig, epoch: int) -> N
 
 
 def learning_rate(layer: LayerRates, config: TrainConfig, epoch: int) -> float:
-    """eta_j, multiplied by `decay` after each epoch: eta_j(T) = 0.99 eta_j(T-1)."""
+    """eta_j, multiplied by `decay` after each epoch, eta_j(T) = 0.99 eta_j(T-1); or a half cosine over `epochs`."""
+    if config.schedule == "cosine":
+        return layer.eta * (1.0 + math.cos(math.pi * min(1.0, epoch / config.epochs))) / 2.0
     return layer.eta * config.decay**epoch
 
 

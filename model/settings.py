@@ -46,6 +46,7 @@ SETTINGS: Mapping[str, tuple[Kind, Any]] = {
     "normalise": (optional(boolean()), None),
     "activation": (optional(choice("sigmoid", "relu", "tanh", "none")), None),
     "dropout": (number(low=0.0, high=0.95), 0.0),
+    "norm": (choice("none", "batch"), "none"),
     "margin": (optional(number(above=0.0)), None),
     "mining": (choice("none", "semi-hard"), "none"),
     "temperature": (number(above=0.0), 0.1),
@@ -66,7 +67,9 @@ SETTINGS: Mapping[str, tuple[Kind, Any]] = {
     "optimizer": (choice("sgd", "adam"), "sgd"),
     "init": (choice("he", "paper", "keras2017"), "he"),
     "transfer": (optional(path_text()), None),
+    "schedule": (choice("exponential", "cosine"), "exponential"),
     "decay": (number(above=0.0, high=1.0), 0.99),
+    "average": (number(low=0.0, high=0.99999), 0.0),
     "momentum_epochs": (integer(0, 1_000_000), 10),
     "momentum_start": (number(low=0.0, high=1.0), 0.5),
     # for how long
@@ -241,6 +244,7 @@ def _read_net(settings: Mapping[str, Any], values: Mapping[str, Any], faults: li
         normalise=values["normalise"],
         head={"sigmoid": "weighted", "classes": "classes"}.get(loss, "none"),  # type: ignore[arg-type]
         classes=(values["classes"] or 0) if loss == "classes" else 0,
+        norm=values["norm"],
     )
     if net.channels == 2:
         faults.append(Fault("channels", "must be 1 (grey) or 3 (colour)"))

@@ -59,6 +59,7 @@ class TrainConfig:
     normalise: bool
     activation: str
     dropout: float
+    norm: str
     margin: float
     mining: str
     temperature: float
@@ -77,7 +78,9 @@ class TrainConfig:
     optimizer: str
     init: str
     transfer: str | None
+    schedule: str
     decay: float
+    average: float
     momentum_epochs: int
     momentum_start: float
     pairs_per_epoch: int

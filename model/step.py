@@ -75,7 +75,9 @@ class Updates:
 
     def make(self, step: int, interrupt: Callable[[], bool]) -> Tensor:
         """The update of that step, counted over the whole run; gives its loss, float64. Raises Interrupted."""
-        before = self.generator.get_state() if self.pieces > 1 else None
+        before = None
+        if self.pieces > 1:
+            before = self.generator.get_state(), [buffer.clone() for buffer in self.net.buffers()]
         try:
             batch, pixels = self._input(step)
             self.optim.zero_grad(set_to_none=True)
@@ -86,7 +88,9 @@ class Updates:
                 total += self._differentiate(part, pixels if part is batch else pixels[places], interrupt)
         except Interrupted:
             assert before is not None
-            self.generator.set_state(before)
+            self.generator.set_state(before[0])
+            for buffer, value in zip(self.net.buffers(), before[1], strict=True):
+                buffer.copy_(value)
             raise
         self.optim.step()
         return total

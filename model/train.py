@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from model import evaluate, optim
+from model.average import Average
 from model.checkpoint import Best, CheckpointError, Checkpoints, State, open_checkpoint
 from model.drawings import DataError, Dataset, rotated
 from model.episode import draw
@@ -157,6 +158,7 @@ class _Run:
         self.net = SiameseNet(config.net)
         initialise(self.net, config.init, self.stream("weights"))
         self.net.on(device)
+        self.average = Average(self.net, config.average)
         self.optim = optim.optimizer(self.net, config)
         self.updates = Updates(self.net, self.optim, drawings, config, self.stream, bf16=self.bf16)
         probe = PairSampler(drawings, PROBE_PAIRS, config.same_alphabet)
@@ -231,6 +233,7 @@ class _Run:
                 self.loss_sum += self.updates.make(total, self.interrupt)
             except Interrupted:
                 self._stop("interrupted")
+            self.average.follow(total)
             self.step += 1
             total += 1
             if total % EVERY == 0 and (dead := self.health.check(self.net, self.loss_sum, total)):
@@ -246,7 +249,7 @@ class _Run:
         """Evaluate the epoch just trained, keep it if it is the best, and report it."""
         try:
             right = evaluate.answer(
-                self.net, self.data.validation, self.tasks, bf16=self.bf16, interrupt=self.interrupt
+                self.average.net, self.data.validation, self.tasks, bf16=self.bf16, interrupt=self.interrupt
             )
         except evaluate.Interrupted:
             self._stop("interrupted")
@@ -262,7 +265,7 @@ class _Run:
             self.best_epoch, self.best_value = epoch, metrics["accuracy"]
             self.answers = np.packbits(right.numpy()).tobytes()
             if self.store:
-                weights = self.net.state_dict()
+                weights = self.average.net.state_dict()
                 self.store.save_best(Best(self.config, epoch, metrics, weights, self.data.name, self.answers))
         self.history.append(metrics)
         self.epoch, self.step, self.epoch_seconds = epoch + 1, 0, 0.0
@@ -291,7 +294,8 @@ class _Run:
         tensors: dict[str, Tensor] = {
             "generator": self.updates.generator.get_state(),
             "loss_sum": self.loss_sum,
-            **{f"net.{name}": parameter for name, parameter in self.net.named_parameters()},
+            **{f"net.{name}": tensor for name, tensor in self.net.state_dict().items()},
+            **self.average.memory(),
             **optim.memory(self.optim, self.net, self.config),
         }
         self.store.save_last(
@@ -323,10 +327,10 @@ class _Run:
         if state is None or warning:
             if self.config.transfer is not None:
                 transfer(self.config.transfer, self.net)
+                self.average = Average(self.net, self.config.average)
             return
-        with torch.no_grad():
-            for name, parameter in self.net.named_parameters():
-                parameter.copy_(state.tensors[f"net.{name}"])
+        self.net.load_state_dict(_under("net.", state.tensors))
+        self.average.remember(_under("average.", state.tensors))
         optim.remember(self.optim, self.net, self.config, state.tensors)
         self.updates.generator.set_state(state.tensors["generator"])
         self.loss_sum.copy_(state.tensors["loss_sum"])
@@ -346,7 +350,8 @@ class _Run:
         if state.data not in ("", self.data.name):
             return f"starting over, for the checkpoint was trained on {state.data} and this run has {self.data.name}"
         want = {"generator": self.updates.generator.get_state(), "loss_sum": self.loss_sum}
-        want |= {f"net.{name}": parameter for name, parameter in self.net.named_parameters()}
+        want |= {f"net.{name}": tensor for name, tensor in self.net.state_dict().items()}
+        want |= self.average.memory()
         remembered = optim.shapes(self.net, self.config)
         extra = set(state.tensors) - set(want) - set(remembered)
         shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in want.items()}
@@ -367,16 +372,19 @@ class _Run:
 def essence(config: TrainConfig) -> dict[str, Any]:
     """What makes a run that run: its recipe without what may change between two starts of it."""
     document = config.document()
-    document["settings"] = {k: v for k, v in document["settings"].items() if k not in _FREE_TO_CHANGE}
+    free = _FREE_TO_CHANGE if config.schedule != "cosine" else _FREE_TO_CHANGE - {"epochs"}  # a cosine's rates need it
+    document["settings"] = {k: v for k, v in document["settings"].items() if k not in free}
     return document
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def transfer(path: str, net: SiameseNet) -> None:
     """Take the convolutions of a checkpoint over into `net`. Raises CheckpointError where they do not fit."""
     saved = open_checkpoint(path)
-    weights = (
-        saved.weights if isinstance(saved, Best) else {k.removeprefix("net."): v for k, v in saved.tensors.items()}
-    )
+    weights = saved.weights if isinstance(saved, Best) else _under("net.", saved.tensors)
     with torch.no_grad():
         for label in net.config.convolutions:
             for name, parameter in net.layer(label).named_parameters():
