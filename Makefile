@@ -2,6 +2,7 @@
 #   make demo [SERVE=1] [JSON=FILE]   a whole study, live, in a few minutes
 #   make test [T=tests/unit]          the tests, or some of them
 #   make install                      only the virtual environment, in .venv
+#   make bench [JSON=bench.json]      how fast, and how much a minute learns (half an hour on two cores)
 #   make lint | make format           what must hold before anything lands | let ruff tidy up
 # Each does its own set-up. PYTHON=python3.12 picks a Python, TORCH_INDEX_URL=https://... an index of torch builds.
 
@@ -13,10 +14,10 @@ TORCH := torch==2.13.0
 T ?= tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format
+.PHONY: help install demo test bench lint format
 
 help:
-	@sed -n '1,6s/^# \{0,1\}//p' Makefile
+	@sed -n '1,7s/^# \{0,1\}//p' Makefile
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (about a minute the first time)"
@@ -37,6 +38,9 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(T)
+
+bench: $(VENV)/.installed
+	@$(BIN)/python -m benchmarks.trainer --json $(or $(JSON),bench.json)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
