@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from api import errors
 from api.csrf import CrossSiteGuard
-from api.pages import launch, login, studies, trials, workers
+from api.pages import comparison, launch, login, studies, trials, workers
 from api.pages.access import SignInFirst, on_sign_in_first
 from api.pages.render import STATIC, Static, page
 from api.security import SecurityHeaders
@@ -49,7 +49,7 @@ def _refused(request: Request, reason: str) -> Response:
 
 def install(app: FastAPI) -> None:
     """Called once, by `create_app`, after the REST routes stand."""
-    for module in (launch, studies, trials, workers, login):
+    for module in (launch, studies, trials, comparison, workers, login):
         app.include_router(module.routes)
     app.mount("/static", Static(directory=STATIC), name="static")
     app.add_exception_handler(SignInFirst, on_sign_in_first)

@@ -65,6 +65,7 @@ def _environment() -> jinja2.Environment:
         words.objective_name,
         words.percent,
         words.plural,
+        words.points,
         words.size,
         words.spread,
     ):

@@ -85,6 +85,11 @@ def percent(value: float | None, digits: int = 1) -> str:
     return MISSING if value is None or not math.isfinite(value) else f"{100 * value:.{digits}f}%"
 
 
+def points(difference: float) -> str:
+    """A difference of two shares in points: +1.9, −0.4."""
+    return f"{100 * difference:+.1f}".replace("-", "−")
+
+
 def objective(value: float | None, study: StudyView) -> str:
     """A trial's value: an accuracy in percent where the workload is the Siamese network, a plain number elsewhere."""
     return percent(value) if is_accuracy(study) else number(value)

@@ -116,6 +116,26 @@ def test_a_study_goes_from_launch_to_a_network_on_disk(server: Server) -> None:
     assert "No studies yet" in server("study", "list").stdout
 
 
+def test_two_trials_are_compared_task_by_task(server: Server) -> None:
+    space = [{"name": "x", "type": "float", "low": 0, "high": 1}]
+    document = {"name": "mine", "workload": "external", "space": space, "sampler": "random", "budget": {"trials": 3}}
+    server("study", "launch", "-", text=yaml.safe_dump(document))
+    with Client(server.url, server.token) as client:
+        for right in ("8A==", "gA==", None):
+            lease = client.post("/api/v1/studies/1/ask", json={"worker": "me"})
+            told = {"token": lease["token"], "outcome": "complete", "value": 0.5}
+            answers = {} if right is None else {"answers": {"tasks": 4, "right": right}}
+            client.post(f"/api/v1/leases/{lease['lease']}/tell", json=told | answers)
+    found = json.loads(server("trial", "compare", "mine", "0", "1", "--json").stdout)
+    assert [found[key] for key in ("both", "only_a", "only_b", "neither")] == [1, 3, 0, 0]
+    shown = server("trial", "compare", "mine", "0", "1")
+    assert "trial 0 of mine: 100.0% of 4 tasks (95% interval 51.0% to 100.0%)" in shown.stdout
+    assert "p = 0.25): no more than noise would give." in shown.stdout
+    refused = server("trial", "compare", "mine", "0", "2")
+    assert refused.returncode == 1
+    assert "trial 2 of study 1 has no answers to single tasks" in refused.stderr
+
+
 def test_a_study_is_steered_by_name(server: Server) -> None:
     server("study", "launch", "-", text=study("steered", trials=5))
     for command, state in (("pause", "paused"), ("resume", "running"), ("stop", "stopped")):

@@ -61,3 +61,10 @@ def test_the_vendored_scripts_are_the_ones_that_are_listed() -> None:
     assert {name for name, _ in rows} == {path.name for path in VENDOR.glob("*.js")}
     for name, digest in rows:
         assert hashlib.sha256((VENDOR / name).read_bytes()).hexdigest() == digest, name
+
+
+@pytest.mark.parametrize(
+    ("difference", "written"), [(0.0312, "+3.1"), (-0.004, "−0.4"), (0.0, "+0.0"), (-1.0, "−100.0")]
+)
+def test_a_difference_is_written_in_points_with_its_sign(difference: float, written: str) -> None:
+    assert words.points(difference) == written

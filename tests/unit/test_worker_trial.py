@@ -379,3 +379,44 @@ def test_the_secret_token_never_stands_in_the_log(tmp_path: Path, caplog: pytest
         conduct._client = conduct._connect()
         conduct.conduct(a_lease())
     assert "wst_verysecret" not in caplog.text
+
+
+def test_the_best_epochs_answers_travel_with_the_outcome(tmp_path: Path) -> None:
+    for ended in (
+        Ended("complete", 0.5, 3, tasks=10, answers=b"\xd0\xc0"),
+        Ended("pruned", 0.5, tasks=10, answers=b"\xd0\xc0"),
+    ):
+        with serving(coordinator) as server, conductor(server, tmp_path, lambda *_, e=ended: e) as conduct:
+            assert conduct.conduct(a_lease()) is None
+        (said,) = told(server)
+        assert said["answers"] == {"tasks": 10, "right": "0MA="}
+
+
+def test_an_outcome_is_told_without_answers_that_no_server_would_take(tmp_path: Path) -> None:
+    damaged = [(9, b"\xff"), (0, b""), (4, b"\xff"), (2_000_000, bytes(250_000))]
+    for tasks, answers in damaged:
+        ended = Ended("complete", 0.5, tasks=tasks, answers=answers)
+        with serving(coordinator) as server, conductor(server, tmp_path, lambda *_, e=ended: e) as conduct:
+            assert conduct.conduct(a_lease()) is None
+        (said,) = told(server)
+        assert (said["outcome"], said["value"], "answers" in said) == ("complete", 0.5, False)
+
+
+def test_a_server_that_refuses_answers_still_hears_the_outcome(tmp_path: Path) -> None:
+    def of_an_older_release(seen: Seen) -> Reply:
+        return (422, refusal("invalid")) if seen.what == "tell" and "answers" in seen.body else coordinator(seen)
+
+    ended = Ended("complete", 0.5, tasks=4, answers=b"\xe0")
+    with serving(of_an_older_release) as server, conductor(server, tmp_path, lambda *_: ended) as conduct:
+        assert conduct.conduct(a_lease()) is None
+    first, second = told(server)
+    assert "answers" in first
+    assert (second["outcome"], second["value"], "answers" in second) == ("complete", 0.5, False)
+
+
+def test_a_tell_with_very_many_answers_is_kept_whole_for_the_next_worker(tmp_path: Path) -> None:
+    body = {"token": 70, "outcome": "complete", "value": 0.5, "answers": {"tasks": 10**6, "right": "/" * 166_668}}
+    with serving(coordinator) as server, Client(server.url, "t") as client:
+        assert Unsent(tmp_path).keep(client.url, "/api/v1/leases/7/tell", body)
+        Unsent(tmp_path).deliver(client)
+        assert told(server) == [body]
