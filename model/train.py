@@ -58,6 +58,11 @@ class Signal(StrEnum):
 
 
 Report = Callable[[int, dict[str, float]], Signal | None]
+Progress = Callable[[int, int], None]
+
+
+def _unseen(epoch: int, step: int) -> None:
+    """The progress that nobody looks at."""
 
 
 @dataclass(frozen=True)
@@ -90,15 +95,16 @@ def fit(
     device: str | torch.device = "cpu",
     store: Checkpoints | None = None,
     interrupt: Callable[[], bool] = never,
+    progress: Progress = _unseen,
 ) -> FitResult:
     """Train to the end of `config`, or until `report` or `interrupt` says otherwise, resuming from `store` if it can.
 
     `report` gets each epoch's number and its metrics: accuracy (the objective, on all validation tasks), accuracy_320
     (on the paper's number of them), loss (the mean over the epoch; cross-entropy in nats), pairs_per_s (two images are
-    a pair), seconds. `interrupt` is asked at least once a step and must be cheap. Raises DataError where `data` cannot
-    give the pairs or tasks, ValueError for images of another size or colour, CheckpointError where another run trains
-    in the same folder or the convolutions to transfer are of another shape, OSError where a checkpoint cannot be
-    written.
+    a pair), seconds. `interrupt` is asked at least once a step and `progress` told after each, with the epoch and its
+    steps so far: both must be cheap. Raises DataError where `data` cannot give the pairs or tasks, ValueError for
+    images of another size or colour, CheckpointError where another run trains in the same folder or the convolutions to
+    transfer are of another shape, OSError where a checkpoint cannot be written.
     """
     if data.size != config.net.input:
         raise ValueError(f"the network sees {config.net.input} pixels a side, the data set has {data.size}")
@@ -108,7 +114,7 @@ def fit(
         run: _Run | None = None
         began = time.monotonic()
         try:
-            run = _Run(config, data, report, torch.device(device), store, interrupt)
+            run = _Run(config, data, report, torch.device(device), store, interrupt, progress)
             run.resume()
             return run.train()
         except _End as end:
@@ -142,8 +148,10 @@ class _Run:
         device: torch.device,
         store: Checkpoints | None,
         interrupt: Callable[[], bool],
+        progress: Progress,
     ) -> None:
         self.config, self.report, self.device, self.store, self.interrupt = config, report, device, store, interrupt
+        self.progress = progress
         self.data = data.to(device)
         drawings = rotated(self.data.train) if config.rotations else self.data.train
         if config.loss == "classes" and config.net.classes != len(drawings.characters):
@@ -235,6 +243,7 @@ class _Run:
                 self._stop("interrupted")
             self.average.follow(total)
             self.step += 1
+            self.progress(self.epoch, self.step)
             total += 1
             if total % EVERY == 0 and (dead := self.health.check(self.net, self.loss_sum, total)):
                 raise _End("infeasible", dead)
