@@ -106,10 +106,11 @@ def test_given_parts_are_taken_as_they_are(tmp_path: Path) -> None:
     make(tmp_path, {"D": (4, 4)}, f"{NAME}/test")
     lines: list[str] = []
     make(tmp_path, {"lost": (2, 2)})
+    picture(tmp_path / NAME / "train" / "cover.png", 0)
     data = load(tmp_path, notify=lines.append)
     assert (data.test.alphabets, data.test.drawers) == (("D",), 4)
     assert len(lines) == 1
-    assert "1 ignored, not alphabet/character/drawing.png: lost" in lines[0]
+    assert "2 ignored, not alphabet/character/drawing.png: lost, train/cover.png" in lines[0]
 
 
 @pytest.mark.parametrize(("there", "lacking"), [("train", "validation"), ("validation", "train")])
@@ -173,13 +174,13 @@ def test_what_is_no_drawing_is_ignored_and_mentioned_once(tmp_path: Path) -> Non
         (tmp_path / NAME / name).parent.mkdir(exist_ok=True)
         (tmp_path / NAME / name).write_text("litter")
     assert len(load(tmp_path).train) == 4
-    for name in ("README.md", "A/c00/notes.txt", "B/loose.png", "C/c00/deeper/x.png", "empty/none"):
+    for name in ("README.md", "cover.png", "A/c00/notes.txt", "B/loose.png", "C/c00/deeper/x.png", "empty/none"):
         (tmp_path / NAME / name).parent.mkdir(exist_ok=True)
         (tmp_path / NAME / name).write_text("stray")
     lines: list[str] = []
     assert load(tmp_path, notify=lines.append).train.images.shape == (2, 2, 4, 4)
     assert len(lines) == 1
-    assert "6 ignored, not alphabet/character/drawing.png: " in lines[0]  # empty/ and empty/none both
+    assert "7 ignored, not alphabet/character/drawing.png: " in lines[0]  # empty/ and empty/none both
 
 
 def test_folders_that_are_not_alphabets_of_characters_say_what_the_layout_is(tmp_path: Path) -> None:
@@ -294,12 +295,13 @@ def test_every_named_format_is_read(tmp_path: Path, suffix: str) -> None:
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "LA", "RGBA", "I;16"])
 def test_every_depth_of_pixels_is_read(tmp_path: Path, mode: str) -> None:
-    grey = Image.new("L", (8, 8), 255)
+    light = 255 if mode == "1" else 130
+    grey = Image.new("L", (8, 8), light)
     grey.paste(0, (0, 0, 8, 4))
     deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
     out = first(tmp_path, deep if mode == "I;16" else grey.convert(mode))
     assert (out[:4] == 255).all()
-    assert (out[4:] == 0).all()
+    assert (out[4:] == 255 - light).all()
     assert load(tmp_path, 8, channels=3).train.images.shape == (2, 2, 3, 8, 8)
 
 
