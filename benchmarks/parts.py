@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -192,37 +193,37 @@ def training(channel: Channel, data: str) -> NoReturn:
     """
     import torch
 
+    from benchmarks import budget
     from model import episode, evaluate, spec
-    from model.checkpoint import Checkpoints
     from model.recipe import load_recipe
-    from model.train import fit
 
     torch.set_num_threads(1)
     sets: dict[int, Dataset] = {}
+    lengths: dict[tuple[str, float], int] = {}
     while True:
         request = channel.receive()
-        params, settings, _ = load_recipe(request["recipe"])
+        recipe, seconds = request["recipe"], request.get("cpu_seconds", float("inf"))
+        params, settings, _ = load_recipe(recipe)
         settings = settings | {"patience": None, "max_seconds": None} | request.get("settings", {})
         config = spec.config(params, settings, request["seed"])
         side = config.net.input
         loaded = sets[side] = sets.get(side) or load(side, data)
+        if config.schedule == "cosine" and "cpu_seconds" in request:
+            if (recipe, seconds) not in lengths:
+                lengths[recipe, seconds] = budget.epochs_within(config, loaded, seconds)
+            config = replace(config, epochs=lengths[recipe, seconds])
         with tempfile.TemporaryDirectory() as folder:
-            budget = request.get("cpu_seconds", float("inf"))
-            cpu, wall = time.process_time(), time.perf_counter()
-            result = fit(
-                config,
-                loaded,
-                lambda epoch, metrics: None,
-                store=Checkpoints(folder),
-                interrupt=lambda cpu=cpu, budget=budget: time.process_time() - cpu >= budget,  # type: ignore[misc]
-            )
-            spent = {"cpu_seconds": time.process_time() - cpu, "wall_seconds": time.perf_counter() - wall}
-            if result.outcome == "infeasible":
-                raise RuntimeError(f"{request['recipe']}, seed {request['seed']}: {result.reason}")
+            run = budget.train(config, loaded, Path(folder), seconds)
             net = evaluate.load(Path(folder) / "last.json").net
         tasks = episode.draw(loaded.validation, request["tasks"], 20, TASKS_SEED + request["seed"])
         score = evaluate.one_shot(net, loaded.validation, tasks)
-        channel.send(correct=score.correct, tasks=score.tasks, epochs=result.epochs, **spent)
+        channel.send(
+            correct=score.correct,
+            tasks=score.tasks,
+            epochs=run.result.epochs,
+            cpu_seconds=run.cpu_seconds,
+            wall_seconds=run.wall_seconds,
+        )
 
 
 PARTS: dict[str, Callable[..., None]] = {

@@ -52,13 +52,14 @@ class SiameseNetwork(nn.Module):
 
 
 def unpack(drawings: Drawings, folder: Path) -> None:
-    """Write drawings as Omniglot has them: alphabet/character/DD.png, one bit a pixel, black ink on white."""
+    """Write drawings as Omniglot has them: alphabet/character/DD.png, black ink on white, one bit a pixel if it can."""
     for character, name in enumerate(drawings.characters):
         place = folder / name
         place.mkdir(parents=True)
         for drawer, image in enumerate(drawings.images[character]):
-            paper = Image.fromarray((image < 128).numpy())
-            paper.save(place / f"{drawer + 1:02}.png")
+            paper = Image.fromarray((255 - image).numpy())
+            black_and_white = bool(((image == 0) | (image == 255)).all())
+            (paper.convert("1") if black_and_white else paper).save(place / f"{drawer + 1:02}.png")
 
 
 def characters(folder: Path, names: Sequence[str]) -> list[list[Path]]:
