@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 Pool = Literal["none", "floor", "ceil"]
 Activation = Literal["sigmoid", "relu", "tanh", "none"]
-Distance = Literal["l1", "l2", "cosine"]
+Distance = Literal["l1", "l2", "squared", "cosine"]
 Head = Literal["weighted", "classes", "none"]
 Norm = Literal["none", "batch"]
 

@@ -61,9 +61,14 @@ def _apart(net: SiameseNet, embeddings: Tensor) -> Tensor:
     if net.config.distance == "cosine" or net.config.normalise:
         unit = embeddings if net.config.normalise else F.normalize(embeddings, dim=1, eps=1e-6)
         cosine = unit @ unit.T
-        return 1.0 - cosine if net.config.distance == "cosine" else (2.0 - 2.0 * cosine).clamp_min(1e-12).sqrt()
-    square = embeddings.square().sum(1)
-    return (square[:, None] + square[None, :] - 2.0 * embeddings @ embeddings.T).clamp_min(1e-12).sqrt()
+        if net.config.distance == "cosine":
+            return 1.0 - cosine
+        squared = 2.0 - 2.0 * cosine
+    else:
+        length = embeddings.square().sum(1)
+        squared = length[:, None] + length[None, :] - 2.0 * embeddings @ embeddings.T
+    squared = squared.clamp_min(1e-12)
+    return squared if net.config.distance == "squared" else squared.sqrt()
 
 
 def _softmax(apart: Tensor, alike: Tensor, temperature: float) -> Tensor:

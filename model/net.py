@@ -117,13 +117,15 @@ class SiameseNet(nn.Module):
         return logits
 
     def distance(self, first: Tensor, second: Tensor) -> Tensor:
-        """Distances (...) of embeddings (..., E): L1, Euclidean, or 1 - cosine."""
+        """Distances (...) of embeddings (..., E): L1, Euclidean, its square, or 1 - cosine."""
         if self.config.distance == "cosine":
             if not self.config.normalise:
                 first, second = F.normalize(first, dim=-1, eps=1e-6), F.normalize(second, dim=-1, eps=1e-6)
             return 1.0 - (first * second).sum(-1)
         if self.config.distance == "l1":
             return (first - second).abs().sum(-1)
+        if self.config.distance == "squared":
+            return (first - second).square().sum(-1)
         # The slope of a root is infinite at nothing, where two drawings have the same embedding.
         return ((first - second).square().sum(-1) + 1e-12).sqrt()
 

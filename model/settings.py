@@ -42,14 +42,14 @@ HYPERPARAMETERS: Mapping[str, Kind] = {
 SETTINGS: Mapping[str, tuple[Kind, Any]] = {
     # what is learnt
     "loss": (choice("sigmoid", "contrastive", "triplet", "softmax", "classes"), "sigmoid"),
-    "distance": (optional(choice("l1", "l2", "cosine")), None),
+    "distance": (optional(choice("l1", "l2", "squared", "cosine")), None),
     "normalise": (optional(boolean()), None),
     "activation": (optional(choice("sigmoid", "relu", "tanh", "none")), None),
     "dropout": (number(low=0.0, high=0.95), 0.0),
     "norm": (choice("none", "batch"), "none"),
     "margin": (optional(number(above=0.0)), None),
     "mining": (choice("none", "semi-hard"), "none"),
-    "temperature": (number(above=0.0), 0.1),
+    "temperature": (optional(number(above=0.0)), None),
     "classes": (optional(integer(2, 1_000_000)), None),
     # from which batches
     "batches": (choice("pairs", "pxk"), "pairs"),
@@ -98,7 +98,7 @@ BY_LOSS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "sigmoid": {"distance": "l1", "normalise": False, "activation": "sigmoid", "margin": 1.0},
         "contrastive": {"distance": "l2", "normalise": False, "activation": "none", "margin": 1.0},
         "triplet": {"distance": "l2", "normalise": True, "activation": "none", "margin": 0.2},
-        "softmax": {"distance": "cosine", "normalise": True, "activation": "none", "margin": 1.0},
+        "softmax": {"distance": "squared", "normalise": False, "activation": "none", "margin": 1.0},
         "classes": {"distance": "cosine", "normalise": False, "activation": "relu", "margin": 1.0},
     }
 )
@@ -150,6 +150,9 @@ def read(document: Any, faults: list[Fault]) -> tuple[NetConfig | None, dict[str
     if sound:
         faults += _contradictions(values)
     net = _read_net(settings, values, faults) if isinstance(document, Mapping) else None
+    if net is not None and values["temperature"] is None:  # distances of untrained networks grow with their units
+        on_sphere = values["normalise"] or values["distance"] == "cosine"
+        values["temperature"] = 0.1 if on_sphere else 0.05 * net.embedding
     if net is not None and len(net.fc) < 2 and values["dropout"]:
         faults.append(Fault("dropout", "acts between fully connected layers, and fc has one: give fc a list of sizes"))
     rates: dict[str, dict[str, float]] = {}
@@ -170,8 +173,8 @@ def _contradictions(values: Mapping[str, Any]) -> list[Fault]:
         faults.append(Fault(name, what))
 
     loss, data, pxk = values["loss"], values["data"], values["batches"] == "pxk"
-    if loss == "sigmoid" and values["distance"] == "cosine":
-        refuse("distance", "must be l1 or l2 with loss sigmoid: its head weighs componentwise differences")
+    if loss == "sigmoid" and values["distance"] not in ("l1", "squared"):
+        refuse("distance", "must be l1 or squared with loss sigmoid: its head weighs componentwise differences")
     if loss == "sigmoid" and values["normalise"]:
         refuse("normalise", "goes with losses on distances (contrastive, triplet, softmax), not with loss sigmoid")
     if loss == "softmax" and not pxk:
