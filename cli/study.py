@@ -10,6 +10,7 @@ import typer
 import yaml
 
 from cli import output, presets
+from cli.overrides import assign
 from cli.remote import Json, StudyName, Token, Url, connect, find_study
 from hpo import yaml_document
 from hpo.errors import Fault, Invalid
@@ -27,23 +28,6 @@ def read_document(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise Invalid([Fault("", "it is not text in UTF-8")], str(path)) from None
     return yaml_document.read(text, at="", what=str(path), most=MAX_CHARACTERS)
-
-
-def _assign(pairs: list[str]) -> dict[str, Any]:
-    """Turn `--set settings.epochs=5` into nested overrides."""
-    overrides: dict[str, Any] = {}
-    for pair in pairs:
-        path, found, text = pair.partition("=")
-        if not found or not path:
-            raise Invalid([Fault(pair, "write --set KEY=VALUE, such as --set settings.epochs=5")], "--set")
-        place = overrides
-        *parents, last = path.split(".")
-        for parent in parents:
-            place = place.setdefault(parent, {})
-            if not isinstance(place, dict):
-                raise Invalid([Fault(path, f"{parent} was set to one value before")], "--set")
-        place[last] = yaml_document.parse(text, path, "--set")
-    return overrides
 
 
 @app.command()
@@ -67,7 +51,7 @@ def launch(
     if (file is None) == (preset is None):
         raise Invalid([Fault("", "give a FILE or --preset NAME, one of them")], "the command")
     document = read_document(file) if file else {"preset": preset}
-    overrides = _assign(sets or [])
+    overrides = assign(sets or [])
     for key, value in {"name": name, "sampler": sampler, "pruner": pruner}.items():
         if value is not None:
             overrides[key] = value

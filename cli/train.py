@@ -1,22 +1,31 @@
-"""`whetstone train`: one network from a file of hyperparameters, without any service."""
+"""`whetstone train`: one network from a preset or a file of hyperparameters, without any service."""
 
 from __future__ import annotations
 
 import os
 import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli import output, settings
+from cli import output, presets, settings
+from cli.overrides import assign
 from cli.remote import Json
+from hpo.errors import Fault, Invalid
 
 if TYPE_CHECKING:
+    from rich.status import Status
+
     from model.checkpoint import Checkpoints
     from model.spec import TrainConfig
+    from model.train import Progress
 
 OUTCOME_CODE = {"complete": 0, "infeasible": 1, "stopped": 130}
+_SHOWN_EVERY_S = 0.25
 
 
 def usable(device: str) -> str:
@@ -30,30 +39,44 @@ def usable(device: str) -> str:
 
 def train(
     recipe: Annotated[
-        Path, typer.Argument(help="YAML with params (eta, mu, lambda, by layer or one number), settings and seed.")
+        str,
+        typer.Argument(
+            metavar="RECIPE",
+            help="A preset, whose first point is trained, or a YAML file with params (eta, mu, lambda, by layer or one "
+            f"number), settings and seed. Presets: {', '.join(presets.names())}.",
+        ),
     ],
     into: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for the checkpoints; training goes on from what is there.")
-    ] = Path("run"),
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder for the checkpoints; training goes on from what is there.",
+            show_default="run, or runs/PRESET",
+        ),
+    ] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="Any setting or hyperparameter, as KEY=VALUE or KEY.LAYER=VALUE.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the run, instead of the recipe's.")] = None,
     device: Annotated[str, typer.Option(help="auto (a CUDA device, or the CPU), cpu, cuda or cuda:N.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; by default all cores.")] = None,
     json: Json = False,
 ) -> None:
     """Train one network. Ctrl-C writes a checkpoint; the same command goes on from it, to the same result."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages, read by torch when it is loaded
+    config = read(recipe, sets or [], seed)
+    into = into or (Path("runs", recipe) if recipe in presets.names() else Path("run"))
     import torch
 
-    from model import dataset, spec
+    from model import dataset
     from model.checkpoint import Checkpoints
-    from model.train import fit, load_recipe
+    from model.train import fit
 
-    config = spec.config(*load_recipe(recipe))
     torch.set_num_threads(threads or os.cpu_count() or 1)
     place = usable(device)
     chosen = settings.load()
-    data = dataset.load(
-        config.net.input, source=config.data, data_root=chosen.data_root, home=chosen.home_dir, notify=output.say  # type: ignore[arg-type]
-    )  # fmt: skip
+    data = dataset.load(**config.wanted, data_root=chosen.data_root, home=chosen.home_dir, notify=output.say)
     keep_others_work(Checkpoints(into), config, data.name)
     stopping: list[int] = []
 
@@ -73,10 +96,19 @@ def train(
 
     parameters = config.net.parameters
     output.err.print(
-        f"Training {parameters:,} parameters on {data.name} at {data.size} x {data.size} pixels, on {place}. "
-        f"Checkpoints: {output.escape(str(into))}"
+        f"Training {parameters:,} parameters on {output.escape(data.name)} at {data.size} x {data.size} pixels, "
+        f"on {place}. Checkpoints: {output.escape(str(into))}"
     )
-    result = fit(config, data, report, device=place, store=Checkpoints(into), interrupt=lambda: bool(stopping))
+    with _live(config, quiet=json) as progress:
+        result = fit(
+            config,
+            data,
+            report,
+            device=place,
+            store=Checkpoints(into),
+            interrupt=lambda: bool(stopping),
+            progress=progress,
+        )
     summary: dict[str, Any] = {
         "outcome": result.outcome,
         "value": result.value,
@@ -96,6 +128,73 @@ def train(
         output.out.print(f"Best: [bold green]{output.percent(result.value)}[/] at epoch {result.best_epoch}")
         output.out.print(f"Score it on fresh tasks: whetstone evaluate {output.escape(str(into))}", soft_wrap=True)
     raise typer.Exit(OUTCOME_CODE[result.outcome])
+
+
+def read(recipe: str, sets: list[str], seed: int | None) -> TrainConfig:
+    """What to train, from a preset's name or a file, with `--set KEY=VALUE` and a seed laid over it.
+
+    Raises `Invalid` or `Refused`, which name every fault.
+    """
+    from model import spec
+    from model.recipe import load_recipe
+
+    given = _by_name(assign(sets, "epochs=5"))
+    if recipe in presets.names():
+        document = presets.load_all()[recipe]
+        params, fixed = presets.recipe(recipe, document, given)
+        written: int | None = document.get("seed")
+    elif Path(recipe).suffix or Path(recipe).exists():
+        params, fixed, written = load_recipe(recipe)
+        params, fixed = presets.lay(params, fixed, given)
+    else:
+        near = spec.suggestion(recipe, presets.names())
+        known = ", ".join(presets.names())
+        raise Invalid([Fault(recipe, f"is neither a file nor a preset{near or '.'} Presets: {known}")], "the recipe")
+    return spec.config(params, fixed, next((s for s in (seed, written) if s is not None), 0))
+
+
+def _by_name(overrides: dict[str, Any]) -> dict[str, Any]:
+    """The overrides without `settings.` and `params.`, which say no more than the name does."""
+    given: dict[str, Any] = {}
+    for key, value in overrides.items():
+        inner = value if key in ("settings", "params") and isinstance(value, dict) else {key: value}
+        given = presets.merge(given, inner)
+    return given
+
+
+@contextmanager
+def _live(config: TrainConfig, *, quiet: bool) -> Iterator[Progress]:
+    """A line that tells a person at a terminal how far the epoch is; nothing in a log, or with `quiet`."""
+    if quiet or not output.err.is_terminal:
+        yield lambda epoch, step: None
+        return
+    with output.err.status("Starting ...") as line:
+        yield _Line(line, config)
+
+
+class _Line:
+    """Hears of every step, and writes the line a few times a second."""
+
+    def __init__(self, line: Status, config: TrainConfig) -> None:
+        self._line, self._config = line, config
+        self._epoch, self._since = -1, (0.0, 0)
+        self._shown = 0.0
+
+    def __call__(self, epoch: int, step: int) -> None:
+        now = time.monotonic()
+        if epoch != self._epoch:
+            self._epoch, self._since = epoch, (now, step)
+        total = self._config.steps_per_epoch
+        if now - self._shown < _SHOWN_EVERY_S and step < total:
+            return
+        self._shown = now
+        began, first = self._since
+        rate = (step - first) * self._config.pairs_per_batch / max(now - began, 1e-9)
+        if step == total:
+            self._line.update(f"epoch {epoch}, measuring")
+        else:
+            pace = f", {rate:,.0f} pairs/s" if step > first else ""
+            self._line.update(f"epoch {epoch}, step {step:,} of {total:,}{pace}")
 
 
 def keep_others_work(store: Checkpoints, config: TrainConfig, data: str) -> None:

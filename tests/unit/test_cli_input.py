@@ -11,7 +11,8 @@ import torch
 from rich.console import Console
 
 from cli import main, output
-from cli.study import _assign, read_document
+from cli.overrides import assign
+from cli.study import read_document
 from hpo.errors import Invalid
 from model.download import Progress
 from tests.unit.test_model_recipe import GOOD
@@ -21,13 +22,13 @@ def test_a_studys_numbers_are_read_as_people_write_them(tmp_path: Path) -> None:
     path = tmp_path / "study.yaml"
     path.write_text("space: [{low: 1e-4, high: 1.0e-1}]")
     assert read_document(path) == {"space": [{"low": 1e-4, "high": 0.1}]}
-    assert _assign(["settings.lambda=1e-6", "settings.net=mini"]) == {"settings": {"lambda": 1e-6, "net": "mini"}}
+    assert assign(["settings.lambda=1e-6", "settings.net=mini"]) == {"settings": {"lambda": 1e-6, "net": "mini"}}
 
 
 @pytest.mark.parametrize("pairs", [["a=1", "a.b=2"], ["a={"], ["a"], ["=1"], ["a={b: 1, b: 2}"]])
 def test_a_setting_that_cannot_be_one_is_refused(pairs: list[str]) -> None:
     with pytest.raises(Invalid):
-        _assign(pairs)
+        assign(pairs)
 
 
 @pytest.mark.parametrize("text", ["a: [", "a: 1\na: 2", "\x00", "- 1", "\xff"])
