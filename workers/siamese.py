@@ -18,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -26,6 +26,7 @@ from hpo.protocol import EpochReport, Lease, Verdict
 from model.checkpoint import Best, CheckpointError, Checkpoints, State
 from model.dataset import load
 from model.drawings import DataError, Dataset
+from model.memory import out_of_memory
 from model.spec import TrainConfig, config
 from model.train import Signal, fit
 from workers.artifacts import Place, UnsafeName
@@ -42,13 +43,6 @@ _SIGNALS = {
 }
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 """What is the disk's fault, and would meet every other trial too."""
-_NO_MEMORY = (
-    "can't allocate memory",
-    "CUDA out of memory",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-)
 
 
 class MachineUnfit(Exception):
@@ -78,7 +72,7 @@ class Siamese:
         self._device = device
         self._data_root = data_root
         self._home = home
-        self._datasets: OrderedDict[tuple[str, int], Dataset] = OrderedDict()
+        self._datasets: OrderedDict[tuple[tuple[str, Any], ...], Dataset] = OrderedDict()
 
     def train(
         self,
@@ -124,7 +118,7 @@ class Siamese:
         report: Callable[[EpochReport], Verdict],
         interrupt: Callable[[], bool],
     ) -> Ended:
-        data = self._agreed(lease, place, recipe.data, recipe.net.input)
+        data = self._agreed(lease, place, recipe.wanted)
         store = _Kept(place)
         if lease.resume is not None:
             self._resume(lease, lease.resume, place, store)
@@ -137,29 +131,36 @@ class Siamese:
         value = result.value
         if result.outcome == "infeasible":
             value = 1.0 / recipe.way
-        tasks, answers = getattr(result, "tasks", 0), getattr(result, "answers", None)
-        return Ended(result.outcome, value, result.best_epoch, result.reason or "", tasks=tasks, answers=answers)
+        return Ended(
+            result.outcome,
+            value,
+            result.best_epoch,
+            result.reason,
+            poisoned=result.reason.startswith("out of memory") and self._poisoned(),
+            tasks=result.tasks,
+            answers=result.answers,
+        )
 
-    def _agreed(self, lease: Lease, place: Place, source: str, size: int) -> Dataset:
+    def _agreed(self, lease: Lease, place: Place, wanted: dict[str, Any]) -> Dataset:
         """The data set of this study. Where it leaves the choice open, the one that its first trial had: values of
         trials on different ones do not compare, so a worker that has not got it leaves (MachineUnfit).
         """
-        data = self._dataset(source, size)
-        if source != "auto":
+        data = self._dataset(wanted)
+        if wanted["source"] != "auto":
             return data
         note = f"studies/{lease.study}/data.json"
         chosen = place.agree(note, data.name)
         if chosen == data.name or chosen not in ("omniglot", "strokes"):
             return data
         log.warning("study %r began on %s (%s): so does this trial", lease.study_name, chosen, note)
-        return self._dataset(chosen, size)
+        return self._dataset(wanted | {"source": chosen})
 
-    def _dataset(self, source: str, size: int) -> Dataset:
+    def _dataset(self, wanted: dict[str, Any]) -> Dataset:
         """The data set on our device; the last few stay loaded."""
-        key = (source, size)
+        key = tuple(wanted.items())
         if key not in self._datasets:
             try:
-                found = load(size, source=source, data_root=self._data_root, home=self._home, notify=log.warning)  # type: ignore[arg-type]
+                found = load(**wanted, data_root=self._data_root, home=self._home, notify=log.warning)
                 self._datasets[key] = found.to(self._device.name)
             except DataError as error:
                 raise MachineUnfit(str(error)) from error
@@ -228,13 +229,6 @@ class _Kept(Checkpoints):
         except CheckpointError:
             return False
         return True
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, of the machine or of the device (which PyTorch says in several ways)."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
 def first_line(error: BaseException) -> str:
