@@ -26,7 +26,7 @@ def list_workers(url: Url = None, token: Token = None, json: Json = False) -> No
     rows = [
         [
             output.escape(w["worker"]),
-            output.state(w["state"]),
+            "stopped" if w["state"] == "stopped" else output.state(w["state"]),  # in good order: nothing to see to
             output.escape(w["device"] or "-"),
             "-" if w["trial"] is None else f"{w['study']}/{w['trial']}",
             str(w["trials_done"]),

@@ -240,6 +240,11 @@ class Coordinator:
         """Let a worker finish its trial and give it no further one, until it introduces itself anew."""
         return fleet.drain(self._desk, name)
 
+    @_counted
+    def leave_worker(self, name: str, principal: Principal) -> WorkerView:
+        """Take down that a worker has ended in good order. Raises `NotFound` unless it is the caller's."""
+        return fleet.leave(self._desk, name, principal)
+
     # The house
 
     @_counted
@@ -263,7 +268,7 @@ class Coordinator:
             counts = dict.fromkeys(TRIAL_STATES, 0)
             for row in conn.execute(statements.COUNTS, {"studies": list(states)}):
                 counts[row.state] += row.trials
-        workers = dict.fromkeys(("idle", "busy", "draining", "silent"), 0)
+        workers = dict.fromkeys(("idle", "busy", "draining", "silent", "stopped"), 0)
         for worker in fleet.listing(self._desk):
             workers[worker.state] += 1
         with self._calls_lock:

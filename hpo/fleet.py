@@ -1,9 +1,10 @@
 """Workers: who they are, which device is whose, and who is to go.
 
-A device belongs to at most one live worker; a worker is live until it has been silent for two terms. A GPU's UUID names
-one device whatever the host says it is called (every container has a host name of its own and may see the same GPUs);
-any other name is a device of its host. Devices are given out one worker at a time, so two that start together never get
-the same. A drained worker finishes its trial and gets no further lease, until it introduces itself anew.
+A device belongs to at most one live worker; a worker is live until it takes its leave or is silent for two terms. A
+GPU's UUID names one device whatever the host says it is called (every container has a host name of its own and may see
+the same GPUs); any other name is a device of its host. Devices are given out one worker at a time, so two that start
+together never get the same. A drained worker finishes its trial and gets no further lease, until it introduces itself
+anew.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ LOCK_DEVICES = sa.text("SELECT pg_advisory_xact_lock(hashtextextended('whetstone
 TAKEN = sa.text("""
     SELECT device FROM whetstone.workers
     WHERE (host = :host OR device LIKE 'GPU-%' OR device LIKE 'MIG-%') AND name <> :name AND device <> ''
-      AND last_seen > clock_timestamp() - make_interval(secs => :silent_s)
+      AND NOT stopped AND last_seen > clock_timestamp() - make_interval(secs => :silent_s)
 """)
 
 # A worker introduces itself: what it was before is forgotten, and unless it is the same process a wish to drain it too.
@@ -38,7 +39,7 @@ HELLO = sa.text("""
     VALUES (:name, :host, :device, :memory_bytes, :version, :bearer)
     ON CONFLICT (name) DO UPDATE SET host = excluded.host, device = excluded.device, version = excluded.version,
         memory_bytes = excluded.memory_bytes, bearer = excluded.bearer, draining = w.draining AND :again,
-        last_seen = clock_timestamp()
+        stopped = false, last_seen = clock_timestamp()
 """)
 
 HAS = sa.text("SELECT device FROM whetstone.workers WHERE name = :name AND host = :host")
@@ -47,11 +48,17 @@ HAS = sa.text("SELECT device FROM whetstone.workers WHERE name = :name AND host 
 SEEN = sa.text("""
     INSERT INTO whetstone.workers AS w (name, device, memory_bytes, version, bearer)
     VALUES (:name, :device, :memory_bytes, :version, :bearer)
-    ON CONFLICT (name) DO UPDATE SET last_seen = clock_timestamp(), bearer = excluded.bearer,
+    ON CONFLICT (name) DO UPDATE SET last_seen = clock_timestamp(), bearer = excluded.bearer, stopped = false,
         device = coalesce(nullif(excluded.device, ''), w.device),
         version = coalesce(nullif(excluded.version, ''), w.version),
         memory_bytes = coalesce(excluded.memory_bytes, w.memory_bytes)
     RETURNING worker_id, device, draining
+""")
+
+# A worker takes its leave. Only who speaks for it may say so.
+LEAVE = sa.text("""
+    UPDATE whetstone.workers SET stopped = true, last_seen = clock_timestamp()
+    WHERE name = :name AND bearer = :bearer RETURNING worker_id
 """)
 
 DRAIN = sa.text("UPDATE whetstone.workers SET draining = true WHERE name = :name RETURNING worker_id")
@@ -136,6 +143,19 @@ def drain(desk: Desk, name: str) -> WorkerView:
         return _read(desk, conn, name)[0]
 
 
+def leave(desk: Desk, name: str, principal: Principal) -> WorkerView:
+    """Take down that a worker has ended in good order: its device is free at once.
+
+    Raises:
+        NotFound: there is no such worker of this bearer's.
+    """
+    with desk.transaction() as conn:
+        if conn.execute(LEAVE, {"name": storable(name), "bearer": principal.id}).one_or_none() is None:
+            raise NotFound("there is no worker of that name that this token speaks for")
+        events.notify(conn, "worker", None)
+        return _read(desk, conn, name)[0]
+
+
 def silent_s(desk: Desk) -> float:
     """How long a worker may be silent before it counts as gone, in seconds."""
     return SILENT_TERMS * desk.term_s
@@ -146,7 +166,9 @@ def _read(desk: Desk, conn: sa.Connection, name: str | None) -> list[WorkerView]
     return [
         WorkerView(
             worker=row.name,
-            state="silent"
+            state="stopped"
+            if row.stopped
+            else "silent"
             if row.silent
             else "draining"
             if row.draining

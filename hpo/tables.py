@@ -57,6 +57,7 @@ workers = sa.Table(
     sa.Column("version", sa.Text, nullable=False, server_default=""),
     sa.Column("bearer", sa.Text, nullable=False),
     sa.Column("draining", sa.Boolean, nullable=False, server_default=sa.false()),
+    sa.Column("stopped", sa.Boolean, nullable=False, server_default=sa.false()),  # it has taken its leave
     _moment("first_seen", default=True),
     _moment("last_seen", default=True),
 )

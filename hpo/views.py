@@ -173,7 +173,7 @@ class ProgressPoint(Wire):
 
 class WorkerView(Wire):
     worker: str
-    state: Literal["idle", "busy", "draining", "silent"]
+    state: Literal["idle", "busy", "draining", "silent", "stopped"]
     host: str
     device: str
     memory_bytes: int | None

@@ -58,6 +58,7 @@ def run(
     """
     _log_to_stderr()
     stop = Stop()
+    worker: Worker | None = None
     with stop.handling_signals():
         try:
             worker = Worker(stop, lambda: Client(url, token), name=name or default_name(), once=once)
@@ -68,6 +69,9 @@ def run(
         except (Rejected, DeviceUnusable, ArtifactsUnusable, ValueError) as error:
             log.error("%s", error)
             return 1
+        finally:
+            if worker is not None:
+                worker.take_leave()
     if leave is None:
         return 0
     (log.info if leave.code == 0 else log.error)("%s", leave.message)
@@ -88,6 +92,7 @@ class Worker:
         self._name = name
         self._once = once
         self._version = _version()
+        self._known = False
 
     def work(
         self, device: str, *, data_root: Path | None, home: Path, artifacts: str | Path, threads: int | None
@@ -131,6 +136,7 @@ class Worker:
         said = False
         while True:
             place = WorkerPlace.model_validate(self._ask("/api/v1/workers", hello.model_dump(mode="json")))
+            self._known = True
             for device in allowed:
                 if device.id == place.device:
                     return device
@@ -208,9 +214,20 @@ class Worker:
             with self._connect() as client:
                 body = client.once("POST", "/api/v1/claims", json=request, key=key, timeout_s=1.0)
         except (ServerUnreachable, ApiError):
+            self._known = False  # it does not answer: no leave is taken of it either
             return
         if body is not None:
             conductor.release_unstarted(Lease.model_validate(body))
+
+    def take_leave(self) -> None:
+        """Say that we end, so that our device is free at once. Nobody waits for it: silence says the same, later."""
+        if not self._known or self._stop.insisted:
+            return
+        try:
+            with self._connect() as client:
+                client.once("POST", f"/api/v1/workers/{self._name}/leave", timeout_s=0.5)
+        except (ServerUnreachable, ApiError):
+            return
 
 
 def default_name() -> str:

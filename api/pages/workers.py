@@ -18,7 +18,7 @@ routes = router()
 
 @routes.get("/workers")
 def workers(request: Request, _: Reader, hpo: Hpo) -> Response:
-    order = {"busy": 0, "idle": 1, "draining": 2, "silent": 3}
+    order = {"busy": 0, "idle": 1, "draining": 2, "silent": 3, "stopped": 4}
     found = sorted(hpo.list_workers(), key=lambda worker: (order[worker.state], worker.worker))
     return page(request, "workers.html", section="workers", workers=found, live=live(request))
 

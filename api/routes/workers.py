@@ -1,4 +1,4 @@
-"""Workers: introducing themselves, being seen, being drained."""
+"""Workers: introducing themselves, being seen, being drained, taking their leave."""
 
 from __future__ import annotations
 
@@ -32,6 +32,12 @@ def hello(body: Annotated[WorkerHello, Body(examples=[HELLO])], hpo: Hpo, who: W
 def list_workers(hpo: Hpo) -> list[WorkerView]:
     """All workers that were ever here, and what they do now."""
     return hpo.list_workers()
+
+
+@router.post("/workers/{worker}/leave", **needs("worker", 404))
+def leave(worker: WorkerId, hpo: Hpo, who: Who) -> WorkerView:
+    """A worker takes its leave: its device is free at once."""
+    return hpo.leave_worker(worker, who)
 
 
 @router.post("/workers/{worker}/drain", **needs("admin", 404))

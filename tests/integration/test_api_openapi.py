@@ -25,6 +25,8 @@ GET /studies/{study}/trials/{n} viewer
 POST /studies/{study}/trials admin
 POST /studies/{study}/trials/{n}/cancel admin
 POST /studies/{study}/trials/{n}/requeue admin
+GET /studies/{study}/trials/{n}/answers viewer
+GET /studies/{study}/compare viewer
 GET /studies/{study}/best viewer
 GET /studies/{study}/progress viewer
 GET /studies/{study}/events viewer
@@ -38,6 +40,7 @@ POST /leases/{lease}/tell worker
 POST /leases/{lease}/release worker
 GET /workers viewer
 POST /workers worker
+POST /workers/{worker}/leave worker
 POST /workers/{worker}/drain admin
 POST /login-links admin
 """

@@ -10,7 +10,18 @@ import sqlalchemy as sa
 from hpo.coordinator import Coordinator
 from hpo.errors import Conflict, NotFound
 from hpo.protocol import Verdict, WorkerHello
-from tests.integration.leases_harness import ALICE, ask, claim, coordinator, must_claim, report, study, tell, together
+from tests.integration.leases_harness import (
+    ALICE,
+    MALLORY,
+    ask,
+    claim,
+    coordinator,
+    must_claim,
+    report,
+    study,
+    tell,
+    together,
+)
 
 TWO = ["GPU-aaaa", "GPU-bbbb"]
 
@@ -65,6 +76,21 @@ def test_a_silent_workers_device_is_free_after_two_terms(engine: sa.Engine) -> N
     time.sleep(0.5)
     assert hello(desk, "w2", devices=["GPU-a"]) == "GPU-a"
     assert {worker.worker: worker.state for worker in desk.list_workers()}["w1"] == "silent"
+
+
+def test_a_worker_that_takes_its_leave_is_stopped_and_its_device_free_at_once(engine: sa.Engine) -> None:
+    desk = coordinator(engine)
+    assert hello(desk, "w1", devices=["GPU-a"]) == "GPU-a"
+    with pytest.raises(NotFound):
+        desk.leave_worker("w1", MALLORY)
+    assert hello(desk, "w2", devices=["GPU-a"]) is None, "another bearer cannot send it away"
+    assert desk.leave_worker("w1", ALICE).state == "stopped"
+    assert hello(desk, "w2", devices=["GPU-a"]) == "GPU-a"
+    assert hello(desk, "w1", devices=["GPU-b"]) == "GPU-b"
+    assert {worker.worker: worker.state for worker in desk.list_workers()}["w1"] == "idle", "it is back"
+    desk.leave_worker("w1", ALICE)
+    claim(desk, "w1")
+    assert {worker.worker: worker.state for worker in desk.list_workers()}["w1"] == "idle"
 
 
 def test_reports_keep_a_workers_device(engine: sa.Engine) -> None:

@@ -404,7 +404,7 @@ def test_stats_count_what_is_there_and_what_was_called(engine: sa.Engine) -> Non
     stats = desk.stats()
     assert {state: n for state, n in stats["trials"].items() if n} == {"leased": 1, "complete": 1, "infeasible": 1}
     assert stats["studies"] == {"running": 1, "paused": 0, "stopped": 0, "finished": 0}
-    assert stats["workers"] == {"idle": 1, "busy": 1, "draining": 0, "silent": 0}
+    assert stats["workers"] == {"idle": 1, "busy": 1, "draining": 0, "silent": 0, "stopped": 0}
     assert stats["leases"] == 1
     assert stats["calls"]["claim"]["count"] == 3
     assert stats["calls"]["claim"]["seconds"] > stats["calls"]["tell"]["seconds"] / 100

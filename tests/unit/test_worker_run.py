@@ -146,6 +146,7 @@ def test_a_worker_that_stops_after_a_trial_claims_no_other(tmp_path: Path) -> No
     assert code == 0, err
     assert len(server.what("claims")) == 1
     assert len(server.what("release")) == 1
+    assert server.seen[-1].path.endswith("/leave"), "last it says that its device is free"
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://host"])
