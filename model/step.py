@@ -1,14 +1,16 @@
 """One update of the weights: a batch drawn, gathered, distorted, embedded, compared, and the step made.
 
 Promise: an update happens whole or leaves no trace, weights, optimizer and generator as they were, when the interrupt
-comes in the middle of it; it never waits for the device. A batch too large for one piece is embedded in several, so
-that an interrupt waits seconds on a slow core; independent pairs also need the memory of one piece only.
+comes in the middle of it; it never waits for the device. What a batch is, is decided on the CPU whatever the device,
+and goes there from pinned memory; the drawings are there already. A batch too large for one piece is embedded in
+several, so that an interrupt waits seconds on a slow core; independent pairs also need the memory of one piece only.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -53,6 +55,46 @@ def source(config: TrainConfig, drawings: Drawings, stream: Callable[[str], torc
     return TripletBatches(sampler) if config.loss == "triplet" else PairBatches(sampler)
 
 
+def pieces(config: TrainConfig, device: torch.device) -> int:
+    """In how many pieces a batch is worked off on a device of this kind."""
+    work = 6 * config.net.flops * config.pairs_per_batch  # two images a pair, and backward twice as dear as forward
+    return min(config.pairs_per_batch, math.ceil(work / _PIECE_FLOPS.get(device.type, math.inf)))
+
+
+class Slots:
+    """Room on a device for batches of one shape, `batch`, which `fill` overwrites with another one's numbers."""
+
+    _KINDS = (("images", "first", "second", "triplets"), ("same", "weight", "matrices"))
+    """Integers and fractions: one transfer each."""
+
+    def __init__(self, like: Batch, device: torch.device) -> None:
+        self._rooms: list[Tensor] = []
+        views: dict[str, Tensor] = {}
+        for names in self._KINDS:
+            shown = {name: tensor for name in names if (tensor := getattr(like, name)) is not None}
+            sizes = [tensor.numel() for tensor in shown.values()]
+            room = torch.zeros(sum(sizes), dtype=next(iter(shown.values())).dtype, device=device)
+            for (name, tensor), part in zip(shown.items(), torch.split(room, sizes), strict=True):
+                views[name] = part.view(tensor.shape)
+            self._rooms.append(room)
+        self.batch = replace(like, **views)  # type: ignore[arg-type]
+
+    def fill(self, batch: Batch) -> None:
+        """Take over a batch on the CPU, after whatever the device still does with the one before."""
+        for names, room in zip(self._KINDS, self._rooms, strict=True):
+            parts = []
+            for name in names:
+                tensor, own = getattr(batch, name), getattr(self.batch, name)
+                assert (tensor is None) == (own is None), name
+                if tensor is not None:
+                    assert tensor.shape == own.shape, (name, tensor.shape, own.shape)
+                    parts.append(tensor.flatten())
+            # From pageable memory a copy may wait for the device. Pinned memory is fresh each time: torch gives it out
+            # again only when the copy from it is done.
+            packed = torch.empty(room.shape, dtype=room.dtype, pin_memory=room.is_cuda)
+            room.copy_(torch.cat(parts, out=packed), non_blocking=True)
+
+
 class Updates:
     """Makes the updates of one run."""
 
@@ -67,25 +109,21 @@ class Updates:
         bf16: bool,
     ) -> None:
         self.net, self.optim, self.drawings, self.config, self.bf16 = net, optim, drawings, config, bf16
-        self.source = source(config, drawings, stream)
+        self.device = drawings.device
+        self.source = source(config, _described(drawings), stream)
         self.generator = stream("training")
-        work = 6 * config.net.flops * config.pairs_per_batch  # two images a pair, and backward twice as dear as forward
-        pieces = math.ceil(work / _PIECE_FLOPS.get(drawings.device.type, math.inf))
-        self.pieces = min(config.pairs_per_batch, pieces)
+        self.pieces = pieces(config, self.device)
 
     def make(self, step: int, interrupt: Callable[[], bool]) -> Tensor:
-        """The update of that step, counted over the whole run; gives its loss, float64. Raises Interrupted."""
+        """The update of that step, counted over the whole run; gives its loss, float64, until the next one is made.
+
+        Raises Interrupted.
+        """
         before = None
         if self.pieces > 1:
             before = self.generator.get_state(), [buffer.clone() for buffer in self.net.buffers()]
         try:
-            batch, pixels = self._input(step)
-            self.optim.zero_grad(set_to_none=True)
-            total = torch.zeros((), dtype=torch.float64, device=pixels.device)
-            for number, (part, places) in enumerate(batch.parts(self.pieces)):
-                if number and interrupt():
-                    raise Interrupted
-                total += self._differentiate(part, pixels if part is batch else pixels[places], interrupt)
+            total = self._differentiate(self._placed(self._draw(step)), interrupt)
         except Interrupted:
             assert before is not None
             self.generator.set_state(before[0])
@@ -95,16 +133,34 @@ class Updates:
         self.optim.step()
         return total
 
-    def _input(self, step: int) -> tuple[Batch, Tensor]:
-        """A batch, and its images as the network sees them: (n, channels, S, S) float32."""
+    def _draw(self, step: int) -> Batch:
+        """The batch of that step with its distortions, on the CPU."""
         batch = self.source.draw(self.generator, step)
-        images = self.drawings.flat[batch.images]  # (n, S, S) uint8
-        matrices = batch.matrices
-        if matrices is None and self.config.distort:
-            matrices = draw_matrices(len(batch), self.generator)
-        return batch, clean(images) if matrices is None else warp(images, matrices)
+        if batch.matrices is None and self.config.distort:
+            batch = replace(batch, matrices=draw_matrices(len(batch), self.generator))
+        return batch
 
-    def _differentiate(self, batch: Batch, pixels: Tensor, interrupt: Callable[[], bool]) -> Tensor:
+    def _placed(self, batch: Batch) -> Batch:
+        """The same batch on the device."""
+        if self.device.type == "cpu":
+            return batch
+        slots = Slots(batch, self.device)
+        slots.fill(batch)
+        return slots.batch
+
+    def _differentiate(self, batch: Batch, interrupt: Callable[[], bool]) -> Tensor:
+        """Set the weights' gradients to those of a batch's loss; gives the loss."""
+        self.optim.zero_grad(set_to_none=True)
+        images = self.drawings.flat[batch.images]  # (n, S, S) uint8
+        pixels = clean(images) if batch.matrices is None else warp(images, batch.matrices)  # (n, channels, S, S)
+        total = torch.zeros((), dtype=torch.float64, device=pixels.device)
+        for number, (part, places) in enumerate(batch.parts(self.pieces)):
+            if number and interrupt():
+                raise Interrupted
+            total += self._add(part, pixels if part is batch else pixels[places], interrupt)
+        return total
+
+    def _add(self, batch: Batch, pixels: Tensor, interrupt: Callable[[], bool]) -> Tensor:
         """Add the gradients of a batch's loss to the weights'; gives the loss."""
         pieces = 1 if batch.twins else min(self.pieces, len(batch))
         if pieces == 1:
@@ -132,3 +188,11 @@ class Updates:
     def _embed(self, pixels: Tensor) -> Tensor:
         with autocast(pixels.device, self.bf16):
             return self.net.embed(pixels.contiguous(memory_format=torch.channels_last), self.generator)
+
+
+def _described(drawings: Drawings) -> Drawings:
+    """All of the drawings but what they look like, on the CPU, for a source of batches."""
+    if drawings.device.type == "cpu":
+        return drawings
+    blank = torch.zeros((), dtype=torch.uint8).expand(drawings.images.shape)  # one byte, however many they are
+    return replace(drawings, images=blank, alphabet=drawings.alphabet.cpu())
