@@ -173,7 +173,8 @@ def evaluation(channel: Channel, tasks: int, many: int, data: str, folder: str) 
     files = [path for one in book.characters(Path(folder) / "validation", drawings.characters) for path in one]
     _, transform = book.transforms()
     episodes = episode.draw(drawings, max(tasks, many), 20, TASKS_SEED)
-    plain = list(zip(episodes.query.tolist(), episodes.support.tolist(), episodes.target.tolist(), strict=True))
+    support = episodes.support.flatten(1)  # (T, N): one shot
+    plain = list(zip(episodes.query.tolist(), support.tolist(), episodes.target.tolist(), strict=True))
     while True:
         request = channel.receive()
         began = time.perf_counter()
