@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from hpo.protocol import EpochReport, Lease, Verdict
+from hpo.protocol import EpochReport, Lease, TaskAnswers, Verdict
 from model.checkpoint import Checkpoints
 from model.drawings import DataError, Dataset
 from model.strokes import SMALL, generate
@@ -92,6 +92,9 @@ def test_a_lease_becomes_a_value_with_every_epoch_reported_and_kept(siamese: Sia
     assert heard.kept[-1] == 3, "the last checkpoint holds all three epochs"
     folder = tmp_path / "studies/1/trials/3/attempts/1"
     assert Checkpoints(folder).read_best().epoch == ended.best_epoch
+    assert ended.answers is not None
+    told = TaskAnswers.of(ended.tasks, ended.answers)
+    assert int.from_bytes(told.bits, "big").bit_count() / told.tasks == ended.value
 
 
 def test_the_next_attempt_goes_on_from_the_checkpoint(siamese: Siamese, tmp_path: Path) -> None:
@@ -103,7 +106,7 @@ def test_the_next_attempt_goes_on_from_the_checkpoint(siamese: Siamese, tmp_path
     assert [report.epoch for report in second.reports] == [2]
     assert second.kept[0] == 2, "what was adopted is this attempt's own from the start"
     unbroken = train(siamese, tmp_path / "other", whole, lease(1))
-    assert ended.value == unbroken.value
+    assert (ended.value, ended.tasks, ended.answers) == (unbroken.value, unbroken.tasks, unbroken.answers)
     assert second.reports[0].metrics["loss"] == whole.reports[2].metrics["loss"]
 
 
