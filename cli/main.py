@@ -45,7 +45,7 @@ def root(
 
 def register() -> typer.Typer:
     """Hang every command on the tree."""
-    from cli import data, database, demo, evaluate, fleet, serve, study, token, train, trial, worker
+    from cli import data, database, demo, evaluate, fleet, reproduce, serve, study, token, train, trial, worker
 
     app.command("serve")(serve.serve)
     app.command("worker")(worker.worker)
@@ -55,6 +55,7 @@ def register() -> typer.Typer:
     app.add_typer(fleet.app, name="workers")
     app.command("train")(train.train)
     app.command("evaluate")(evaluate.evaluate)
+    app.add_typer(reproduce.app, name="reproduce")
     app.add_typer(data.app, name="data")
     app.add_typer(database.app, name="db")
     app.add_typer(token.app, name="token")
