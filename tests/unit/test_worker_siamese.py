@@ -14,11 +14,12 @@ import torch
 from hpo.protocol import EpochReport, Lease, TaskAnswers, Verdict
 from model.checkpoint import Checkpoints
 from model.drawings import DataError, Dataset
+from model.memory import out_of_memory
 from model.strokes import SMALL, generate
 from tests.unit.worker_server import a_lease
 from workers.artifacts import Artifacts, Place
 from workers.device import cpu
-from workers.siamese import Ended, MachineUnfit, Siamese, out_of_memory
+from workers.siamese import Ended, MachineUnfit, Siamese
 
 NET = {
     "input": 28,
@@ -252,6 +253,13 @@ def test_data_is_loaded_once_for_all_trials(siamese: Siamese, tmp_path: Path, mo
 
     monkeypatch.setattr("workers.siamese.load", load)
     assert train(siamese, tmp_path / "b", Heard(), lease()).outcome == "complete"
+
+
+def test_a_trial_gets_the_data_its_own_settings_ask_for(siamese: Siamese, tmp_path: Path) -> None:
+    """Colour after grey, and grey again: what is kept loaded is told apart by all that the settings say of data."""
+    for channels in (1, 3, 1):
+        ended = train(siamese, tmp_path / str(channels), Heard(), lease(channels=channels))
+        assert ended.outcome == "complete", ended.reason
 
 
 def test_every_way_in_which_memory_runs_out_is_known() -> None:
