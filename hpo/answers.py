@@ -17,7 +17,7 @@ from hpo.errors import Conflict, NotFound
 from hpo.protocol import TaskAnswers
 from hpo.views import AnswersView, ComparisonView, ScoreView, SideView
 
-FROZEN = ("data", "folder", "way", "shot", "validation_tasks", "validation_seed")
+FROZEN = ("data", "folder", "ink", "way", "shot", "validation_tasks", "validation_seed")
 """The settings of the workload "siamese" that decide which tasks a trial is measured on."""
 
 STORE = sa.text("INSERT INTO whetstone.answers (trial_id, tasks, bits) VALUES (:trial_id, :tasks, :bits)")

@@ -97,6 +97,8 @@ def test_a_study_goes_from_launch_to_a_network_on_disk(server: Server) -> None:
     assert "2 complete" in shown.stdout
     trials = json.loads(server("trial", "list", number, "--json").stdout)
     assert [t["trial"] for t in trials] == [0, 1]
+    compared = json.loads(server("trial", "compare", "tiny", "0", "1", "--json").stdout)
+    assert [compared[side]["score"]["accuracy"] for side in "ab"] == [t["value"] for t in trials]
     best = server("study", "best", number, "--json", "--download", "best", "--recipe", "recipe.yaml")
     assert best.returncode == 0, best.stderr
     values = [t["value"] for t in json.loads(best.stdout)]

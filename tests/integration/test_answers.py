@@ -12,9 +12,11 @@ import pytest
 import sqlalchemy as sa
 from fastapi.testclient import TestClient
 
+from hpo.answers import FROZEN
 from hpo.coordinator import Coordinator
 from hpo.errors import Conflict, Invalid, LeaseLost, NotFound
 from hpo.protocol import TaskAnswers
+from model import settings
 from model.spec import SiameseWorkload
 from tests.integration.api_server import BRANIN, bearer, make_app
 from tests.integration.leases_harness import (
@@ -184,6 +186,10 @@ def test_trials_of_two_studies_compare_where_their_tasks_are_the_same(engine: sa
     auto = [siamese(desk, f"auto{turn}", "1000", data="auto") for turn in range(2)]
     with pytest.raises(Conflict, match="leave their data to their workers"):
         desk.compare(auto[0], 0, 0, auto[1])
+
+
+def test_the_settings_that_freeze_the_tasks_are_those_of_the_workload() -> None:
+    assert set(FROZEN) == settings.FROZEN
 
 
 def test_what_cannot_be_compared_is_refused_with_the_reason(engine: sa.Engine) -> None:

@@ -63,7 +63,7 @@ def test_the_page_is_reached_from_the_study_and_from_a_trial(viewer: TestClient,
     listing = viewer.get(f"/studies/{study}/trials").text
     assert 'action="/compare"' in listing
     trial = viewer.get(f"/studies/{study}/trials/0").text
-    assert "60.0% of 100 tasks; 95% interval 50.2% to 69.1%" in text_of(trial)
+    assert "60 of 100 tasks; 95% interval 50.2% to 69.1%" in text_of(trial)
     assert 'action="/compare"' in trial
     assert 'name="b" type="number" min="0" required value="1"' in trial, "the best one is offered"
     without = viewer.get(f"/studies/{study}/trials/2").text
