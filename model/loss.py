@@ -35,22 +35,29 @@ def loss(net: SiameseNet, embeddings: Tensor, batch: Batch, config: TrainConfig,
                 lack = (config.margin - apart).clamp_min(0.0)
                 return (0.5 * batch.weight * torch.where(batch.same > 0, apart, lack).square()).sum()
             case "classes":
-                return F.cross_entropy(net.classify(embeddings), batch.images // drawers)
-    character = batch.images // drawers
-    alike = character[:, None] == character[None, :]  # (n, n)
-    if config.loss == "softmax":
-        return _softmax(_apart(net, embeddings), alike, config.temperature)
-    assert config.loss == "triplet", config.loss
+                # Of a part of a batch the mean counts for no more than the part's share of it.
+                share = batch.weight.sum()
+                return F.cross_entropy(net.classify(embeddings), batch.images // drawers) * share
+        character = batch.images // drawers
+        alike = character[:, None] == character[None, :]  # (n, n)
+        if config.loss == "softmax":
+            return _softmax(_apart(net, embeddings), alike, config.temperature)
+        assert config.loss == "triplet", config.loss
+        return _triplet(net, embeddings, batch, config, alike)
+
+
+def _triplet(net: SiameseNet, embeddings: Tensor, batch: Batch, config: TrainConfig, alike: Tensor) -> Tensor:
     if config.mining == "none":
         anchor, positive, negative = (embeddings[of] for of in _triplets(batch))
-        return (net.distance(anchor, positive) - net.distance(anchor, negative) + config.margin).clamp_min(0.0).mean()
-    apart = _apart(net, embeddings)
-    if batch.triplets is not None:
-        anchors, positives = batch.triplets[:, 0], batch.triplets[:, 1]
+        near, far = net.distance(anchor, positive), net.distance(anchor, negative)
     else:
-        anchors, positives = batch.first[: batch.positives], batch.second[: batch.positives]
-    near = apart[anchors, positives]
-    far = apart[anchors].gather(1, _semi_hard(apart, alike, anchors, near)[:, None])[:, 0]
+        apart = _apart(net, embeddings)
+        if batch.triplets is not None:
+            anchors, positives = batch.triplets[:, 0], batch.triplets[:, 1]
+        else:
+            anchors, positives = batch.first[: batch.positives], batch.second[: batch.positives]
+        near = apart[anchors, positives]
+        far = apart[anchors].gather(1, _semi_hard(apart, alike, anchors, near)[:, None])[:, 0]
     return (near - far + config.margin).clamp_min(0.0).mean()
 
 
