@@ -31,9 +31,9 @@ def network(scheme: str = "he") -> SiameseNet:
     return net
 
 
-def watch() -> Health:
+def watch(later: bool = False) -> Health:
     first, second, _ = PairSampler(DATA.train, 16).draw(torch.Generator().manual_seed(0))
-    return Health(DATA.train.flat[torch.cat([first, second])])
+    return Health(DATA.train.flat[torch.cat([first, second])], later=later)
 
 
 def fill(net: SiameseNet, value: float) -> None:
@@ -79,7 +79,7 @@ def test_what_is_not_finite_is_named(value: float) -> None:
         net.layer("conv2").weight[0, 0, 0, 0] = value
         net.fc.bias[0] = value
     assert watch().check(net, FINE, 100) == "diverged: weights of conv2, fc are not finite (step 100)"
-    assert Health.finite(net, FINE, 100) is not None
+    assert watch().finite(net, FINE, 100) is not None
 
 
 def test_finite_weights_whose_similarities_overflow_are_dead() -> None:
@@ -88,6 +88,31 @@ def test_finite_weights_whose_similarities_overflow_are_dead() -> None:
         for label in ("conv1", "conv2", "fc"):
             net.layer(label).weight.mul_(1e30)
     assert watch().check(net, FINE, 100) is not None
+
+
+def test_a_check_that_is_not_waited_for_tells_the_same_one_check_later() -> None:
+    """As on CUDA: ties at 200 and 300 are told at 400, what is not finite at the next check, or at the epoch's end."""
+    net, health = network(), watch(later=True)
+    assert health.check(net, FINE, 100) is None
+    fill(net, 0.0)
+    assert health.check(net, FINE, 200) is None
+    assert health.check(net, FINE, 300) is None
+    told = "collapsed: all similarities of a probe batch were exactly equal at steps 200 and 300"
+    assert health.check(network(), FINE, 400) == told
+    sick = watch(later=True)
+    assert sick.check(network(), torch.tensor(torch.nan), 100) is None
+    assert sick.finite(network(), FINE, 130) == "diverged: the loss is not finite (step 100)"
+
+
+def test_a_checkpoint_between_two_checks_holds_what_the_last_one_found() -> None:
+    """Also where nobody has looked at it yet; and a death that the checkpoint was first to learn of is still told."""
+    net, health = network(), watch(later=True)
+    fill(net, 0.0)
+    assert health.check(net, FINE, 100) is None
+    assert health.tied_at == 100
+    assert health.check(net, FINE, 200) is None
+    assert health.tied_at == 200
+    assert "steps 100 and 200" in (health.finite(net, FINE, 250) or "")
 
 
 def run(point: dict[str, Any], settings: dict[str, Any], store: Checkpoints | None = None) -> FitResult:

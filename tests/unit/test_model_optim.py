@@ -7,7 +7,7 @@ import torch
 
 from model.init import initialise
 from model.net import SiameseNet
-from model.optim import optimizer, schedule
+from model.optim import memory, optimizer, remember, schedule
 from model.spec import TrainConfig, config
 from tests.unit.siamese import TINY
 
@@ -82,3 +82,54 @@ def test_an_update_is_the_paper_s_formula() -> None:
         sgd.step()
     for name, parameter in net.named_parameters():
         torch.testing.assert_close(parameter.double(), expected[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_rates_on_the_device_make_the_updates_of_torch_s_own_optimizer(kind: str) -> None:
+    """Sixty updates over six epochs of schedules and ramps, L2 on weights alone: equal but for rounding."""
+    point = {**POINT, "mu": dict(zip(LABELS, (0.9, 0.0, 0.5, 0.99), strict=True))}
+    recipe = config(point, {**TINY, "momentum_epochs": 4, "optimizer": kind}, 0)
+    nets = [SiameseNet(recipe.net), SiameseNet(recipe.net)]
+    for net in nets:
+        initialise(net, "he", torch.Generator().manual_seed(0))
+    own = optimizer(nets[0], recipe)
+    resident = optimizer(nets[1], recipe, resident=True)
+    assert type(own) is not type(resident)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(60):
+        for optim in (own, resident):
+            schedule(optim, recipe, step // 10)
+        for one, other in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+            one.grad = torch.randn(one.shape, generator=generator)
+            other.grad = one.grad.clone()
+        own.step()
+        resident.step()
+    for (name, one), other in zip(nets[0].named_parameters(), nets[1].parameters(), strict=True):
+        torch.testing.assert_close(other, one, rtol=3e-6, atol=3e-6, msg=name)
+    remembered = [memory(optim, net, recipe) for optim, net in zip((own, resident), nets, strict=True)]
+    assert remembered[0].keys() == remembered[1].keys()
+    for name, tensor in remembered[0].items():
+        if name.startswith("momentum.conv2"):  # its mu is 0 at last: torch's own forgets, and neither uses it
+            continue
+        torch.testing.assert_close(remembered[1][name], tensor, rtol=3e-6, atol=3e-6, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_a_schedule_and_a_checkpoint_leave_every_tensor_of_the_device_where_it_is(kind: str) -> None:
+    """A captured update reads and writes the memory that it was captured with, and no other."""
+    recipe = config(POINT | {"mu": 0.9}, {**TINY, "optimizer": kind}, 0)
+    net = SiameseNet(recipe.net)
+    initialise(net, "he", torch.Generator().manual_seed(0))
+    resident = optimizer(net, recipe, resident=True)
+
+    def places() -> list[int]:
+        rates = [group[name] for group in resident.param_groups for name in ("lr", "momentum", "weight_decay")]
+        return [tensor.data_ptr() for tensor in (*rates, *memory(resident, net, recipe).values())]
+
+    before = places()
+    kept = {name: torch.full_like(tensor, 0.25) for name, tensor in memory(resident, net, recipe).items()}
+    schedule(resident, recipe, 7)
+    remember(resident, net, recipe, kept)
+    assert places() == before
+    assert resident.param_groups[0]["lr"].item() == pytest.approx(0.1 * 0.99**7)
+    assert all((tensor == 0.25).all() for tensor in memory(resident, net, recipe).values())
