@@ -105,8 +105,11 @@ class Channel:
 
     def send(self, **answer: Any) -> None:
         """Answer the request received last."""
-        self._answers.write(json.dumps(answer) + "\n")
-        self._answers.flush()
+        try:
+            self._answers.write(json.dumps(answer) + "\n")
+            self._answers.flush()
+        except BrokenPipeError:  # nobody is left to hear it
+            os._exit(0)
 
 
 def main() -> None:

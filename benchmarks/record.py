@@ -95,13 +95,15 @@ def _test(folder: Path, results: Results) -> None:
 
     net = evaluate.load(folder / "best.json").net
     drawings, episodes = episode.lake_runs(settings.load().data_root, net.config.input)
-    with uses.recorded(folder, "lake_runs") as use:
+    with uses.recorded(folder, "lake_runs", "python -m benchmarks.record") as use:
         score = evaluate.one_shot(net, drawings, episodes)
         use.score(score.accuracy, score.tasks)
     note = f"{_bounds(score.interval)}; {score.correct} of Lake's {score.tasks} trials. {use.told}"
     results.figures.append(Figure("record_lake_accuracy", 100 * score.accuracy, "%", "", note))
     for other in published.ONE_SHOT:
-        results.also.append(Figure(other.who, 100 * other.accuracy, "%", note=other.source))
+        results.also.append(
+            Figure(other.who, 100 * other.accuracy, "%", note="; ".join(filter(None, (other.cited, other.caveat))))
+        )
 
 
 def _bounds(interval: tuple[float, float]) -> str:

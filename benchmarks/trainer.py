@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -304,6 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"no figure named {', '.join(unknown)}; there are {', '.join(GOALS)}")
     if not chosen.json.parent.is_dir():
         parser.error(f"--json: there is no folder {chosen.json.parent}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that children and files go with us
     facts = machine()
     with tempfile.TemporaryDirectory(prefix="whetstone-bench-") as folder:
         bench = Bench(QUICK if chosen.quick else FULL, wanted, Path(folder))

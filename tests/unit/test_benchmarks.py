@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from model import init, strokes
 from model.net import PAPER, SiameseNet
 from model.recipe import load_recipe
 from model.spec import config
+from tests.unit import fake_omniglot
 
 ROOT = Path(__file__).parents[2]
 TABLE = {
@@ -128,3 +130,41 @@ def test_the_textbook_draws_as_many_pairs_of_each_kind(tmp_path: Path) -> None:
     for image in (*first, *second):
         assert image.shape == (1, 105, 105)
         assert 0.005 < image.mean() < 0.4  # ink is 1, and there is little of it
+
+
+RECIPE = """
+params: {eta: 0.1, mu: 0.9, lambda: 0}
+settings: {net: mini, data: strokes, pairs_per_epoch: 256, batch_pairs: 64, validation_tasks: 40, schedule: cosine}
+"""
+
+
+def test_the_record_keeps_to_its_budget_and_looks_at_test_data_once(tmp_path: Path) -> None:
+    root, folder, file = tmp_path / "data", tmp_path / "run", tmp_path / "record.json"
+    (root / "omniglot-py").mkdir(parents=True)
+    (root / "omniglot-py" / "all_runs.zip").write_bytes(fake_omniglot.packed_runs())
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.record",
+        "--json",
+        str(file),
+        "--recipe",
+        str(tmp_path / "recipe.yaml"),
+    ]
+    command += ["--minutes", "0.05", "--threads", "1", "--output", str(folder)]
+    environment = os.environ | {"WHETSTONE_DATA": str(root), "WHETSTONE_HOME": str(tmp_path / "home")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(file.read_text())
+    assert [figure["name"] for figure in document["figures"]] == ["record_lake_accuracy"]
+    also = {figure["name"]: figure["value"] for figure in document["also"]}
+    assert 0 < also["training"] < 0.06
+    assert also["humans"] == pytest.approx(95.5)
+    assert "of Lake's 400 trials" in document["notes"]["record_lake_accuracy"]
+    (use,) = (folder / "test-uses.jsonl").read_text().splitlines()
+    assert json.loads(use)["what"] == "lake_runs"
+
+    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert again.returncode == 2
+    assert "holds a run" in again.stderr
