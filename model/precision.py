@@ -1,7 +1,8 @@
 """bf16 where it pays: matrix products in bfloat16 by autocast, weights and updates always in fp32.
 
 Promise: "auto" takes bf16 on CUDA devices and on CPUs that multiply it in hardware (AVX-512 BF16 or AMX), and fp32
-where it would only be emulated.
+where it would only be emulated. fp32 is fp32: never TF32, in which convolutions keep 10 bits of a product's 23 on CUDA
+devices unless told otherwise.
 """
 
 from __future__ import annotations
@@ -22,5 +23,11 @@ def wants_bf16(precision: str, device: torch.device) -> bool:
 
 
 def autocast(device: torch.device, bf16: bool) -> torch.autocast:
-    """A context in which matrix products run in bf16, or one that changes nothing."""
+    """A context in which matrix products run in bf16, or one that changes nothing.
+
+    On CUDA it also sees to it, for the whole process, that those left in fp32 are computed in fp32.
+    """
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model import evaluate, optim
+from model import capture, evaluate, optim
 from model.average import Average
 from model.checkpoint import Best, CheckpointError, Checkpoints, State, open_checkpoint
 from model.drawings import DataError, Dataset, rotated
@@ -36,7 +36,7 @@ from model.pairs import PairSampler
 from model.precision import wants_bf16
 from model.recipe import load_recipe
 from model.spec import TrainConfig
-from model.step import Interrupted, Updates
+from model.step import Interrupted
 
 __all__ = ["FitResult", "Report", "Signal", "fit", "load_recipe"]
 
@@ -168,7 +168,7 @@ class _Run:
         self.net.on(device)
         self.average = Average(self.net, config.average)
         self.optim = optim.optimizer(self.net, config)
-        self.updates = Updates(self.net, self.optim, drawings, config, self.stream, bf16=self.bf16)
+        self.updates = capture.updates(self.net, self.optim, drawings, config, self.stream, bf16=self.bf16)
         probe = PairSampler(drawings, PROBE_PAIRS, config.same_alphabet)
         first, second, _ = probe.draw(self.stream("probe"))
         self.health = Health(drawings.flat[torch.cat([first, second])])
