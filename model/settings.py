@@ -150,18 +150,22 @@ def read(document: Any, faults: list[Fault]) -> tuple[NetConfig | None, dict[str
     if sound:
         faults += _contradictions(values)
     net = _read_net(settings, values, faults) if isinstance(document, Mapping) else None
+    if values["loss"] is None:
+        net = None  # an unknown loss leaves open whether there is a head with rates of its own
     if net is not None and values["temperature"] is None:  # distances of untrained networks grow with their units
         on_sphere = values["normalise"] or values["distance"] == "cosine"
         values["temperature"] = 0.1 if on_sphere else 0.05 * net.embedding
     if net is not None and len(net.fc) < 2 and values["dropout"]:
         faults.append(Fault("dropout", "acts between fully connected layers, and fc has one: give fc a list of sizes"))
     rates: dict[str, dict[str, float]] = {}
+    labels = net.labels if net else None
     for name, kind in HYPERPARAMETERS.items():
-        rates[name] = (
-            _by_label(kind, settings[name], name, net.labels if net else None, faults) if name in settings else {}
-        )
-    if sound and values["optimizer"] == "adam" and any(mu == 1.0 for mu in rates["mu"].values()):
-        faults.append(Fault("mu", "is Adam's beta1 with optimizer adam, and must be below 1"))
+        rates[name] = _by_label(kind, settings[name], name, labels, faults) if name in settings else {}
+    if sound and values["optimizer"] == "adam":
+        if any(mu == 1.0 for mu in rates["mu"].values()):
+            faults.append(Fault("mu", "is Adam's beta1 with optimizer adam, and must be below 1"))
+        if values["momentum_epochs"] and values["momentum_start"] == 1.0:
+            faults.append(Fault("momentum_start", "is Adam's first beta1 with optimizer adam, and must be below 1"))
     return net, values, rates
 
 
