@@ -58,7 +58,7 @@ def source(config: TrainConfig, drawings: Drawings, stream: Callable[[str], torc
 def pieces(config: TrainConfig, device: torch.device) -> int:
     """In how many pieces a batch is worked off on a device of this kind."""
     work = 6 * config.net.flops * config.pairs_per_batch  # two images a pair, and backward twice as dear as forward
-    return min(config.pairs_per_batch, math.ceil(work / _PIECE_FLOPS.get(device.type, math.inf)))
+    return max(1, min(config.pairs_per_batch, math.ceil(work / _PIECE_FLOPS.get(device.type, math.inf))))
 
 
 class Slots:
