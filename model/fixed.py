@@ -60,16 +60,17 @@ class FixedPairs:
             right,
             self.same[pair].to(self.device, non_blocking=True),
             self._weight,
-            matrices=torch.cat([self._matrices(pair, copy, side) for side in (0, 1)]),
+            matrices=self._matrices(pair, copy),
             twins=True,
         )
 
-    def _matrices(self, pair: Tensor, copy: Tensor, side: int) -> Tensor:
-        """(B, 2, 3): the identity for copy 0, that copy's own for the others."""
+    def _matrices(self, pair: Tensor, copy: Tensor) -> Tensor | None:
+        """(2B, 2, 3), all first images' and then all second ones': the identity for copy 0, else that copy's own."""
         if self._distortions is None:
-            return IDENTITY.expand(len(pair), 2, 3)
-        row = (pair * self.copies + (copy - 1).clamp_min(0)) * 2 + side
-        return torch.where((copy == 0)[:, None, None], IDENTITY, self._distortions[row])
+            return None
+        row = (pair * self.copies + (copy - 1).clamp_min(0)) * 2
+        own = self._distortions[torch.cat([row, row + 1])]
+        return torch.where(copy.repeat(2)[:, None, None] == 0, IDENTITY, own)
 
     def _passes(self, begin: int) -> list[int]:
         """Where in the endless stream a batch that begins at `begin` takes up a pass: at most so often as it must."""
