@@ -98,7 +98,7 @@ def _test(folder: Path, results: Results) -> None:
     with uses.recorded(folder, "lake_runs", "python -m benchmarks.record") as use:
         score = evaluate.one_shot(net, drawings, episodes)
         use.score(score.accuracy, score.tasks)
-    note = f"{_bounds(score.interval)}; {score.correct} of Lake's {score.tasks} trials. {use.told}"
+    note = f"{_bounds(score.interval)}; {score.correct} of Lake's {score.tasks} trials"
     results.figures.append(Figure("record_lake_accuracy", 100 * score.accuracy, "%", "", note))
     for other in published.ONE_SHOT:
         results.also.append(
