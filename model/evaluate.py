@@ -29,8 +29,8 @@ PAPER_TASKS = 320
 
 _CHUNK_FLOPS = 1e11
 """Work between two looks at `interrupt`: a second or two on one slow core."""
-_CHUNK_VALUES = 2**24
-"""Differences of features held at once while tasks are answered (64 MiB)."""
+_CHUNK_VALUES = {"cpu": 2**19, "cuda": 2**24}
+"""Differences of features held at once while tasks are answered: on a CPU what its cache holds (2 MiB)."""
 
 
 class Interrupted(Exception):
@@ -116,7 +116,7 @@ def _decide(
     """Which tasks are answered right, (T,) bool; `query` (T,) and `support` (T, N, K) are rows of `features` (U, E)."""
     query, support, target = (index.to(features.device) for index in (query, support, target))
     right = torch.empty(len(query), dtype=torch.bool, device=features.device)
-    chunk = max(1, _CHUNK_VALUES // (support[0].numel() * features.shape[1]))
+    chunk = max(1, _CHUNK_VALUES[features.device.type] // (support[0].numel() * features.shape[1]))
     for begin in range(0, len(query), chunk):
         if interrupt():
             raise Interrupted

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from model import evaluate
 from model.baseline import interval
 from model.distortion import clean
 from model.episode import Episodes, draw
@@ -142,7 +143,7 @@ def test_an_interrupt_ends_an_evaluation_between_two_chunks(monkeypatch: pytest.
 def test_the_answers_do_not_depend_on_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = answer(network(), SHOWN, TASKS)
     monkeypatch.setattr("model.evaluate._CHUNK_FLOPS", 1.0)
-    monkeypatch.setattr("model.evaluate._CHUNK_VALUES", 1)
+    monkeypatch.setitem(evaluate._CHUNK_VALUES, "cpu", 1)
     assert torch.equal(answer(network(), SHOWN, TASKS), whole)
 
 
