@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from model.distortion import clean, distort, draw_matrices
+from model.distortion import clean, distort, draw_matrices, warp
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -113,3 +114,13 @@ def test_the_channels_of_a_colour_image_move_together() -> None:
     assert torch.equal(moved[:, :1], distort(grey, generator(2)))
     assert torch.equal(moved[:, 1:2], distort(255 - grey, generator(2)))
     assert moved[:, 2].max() == 0
+
+
+@pytest.mark.parametrize("side", [1, 28, 105])
+def test_a_matrix_means_what_it_means_to_affine_grid(side: int) -> None:
+    images = torch.randint(0, 256, (64, side, side), dtype=torch.uint8, generator=generator())
+    matrices = draw_matrices(64, generator())
+    grid = F.affine_grid(matrices, [64, 1, side, side], align_corners=False)
+    torch.testing.assert_close(
+        warp(images, matrices), F.grid_sample(clean(images), grid, align_corners=False), rtol=0, atol=1e-4
+    )
