@@ -25,7 +25,7 @@ def verification(
 ) -> None:
     """Accuracy against training pairs, with and without distortions, ours beside the paper's.
 
-    A row has pairs, distorted, paper, accuracy and interval; `pixels` is the accuracy of comparing bare pixels.
+    A row has pairs, trained_pairs, distorted, paper, accuracy and interval; `pixels` has that of bare pixels.
     """
     figure, axes = _figure(title, subtitle, (8.6, 5.4))
     sizes = sorted({row["pairs"] for row in rows})
@@ -45,8 +45,12 @@ def verification(
     values = [end[0] for end in ends] + [100 * row["interval"][0] for row in rows]
     axes.set_ylim(min(*values, level) - 2, 100)
     axes.set_xlim(-0.25, len(sizes) - 0.9)
-    axes.set_xticks(range(len(sizes)), [f"{size:,}" for size in sizes])
-    axes.set_xlabel("training pairs of the paper's run", color=MUTED)
+    trained = {row["pairs"]: row["trained_pairs"] for row in rows}
+    axes.set_xticks(
+        range(len(sizes)),
+        [f"{size:,}" if trained[size] == size else f"{size:,}\nours: {trained[size]:,}" for size in sizes],
+    )
+    axes.set_xlabel("training pairs", color=MUTED)
     axes.set_ylabel("accuracy on test pairs, %", color=MUTED)
     _name_ends(axes, len(sizes) - 0.88, ends)
     _save(figure, path, right=0.76)
@@ -97,7 +101,18 @@ def ways(path: Path, title: str, subtitle: str, curves: Sequence[Mapping[str, An
             axes.fill_between(x, low, high, color=colour, alpha=0.18, lw=0)
             axes.plot(x, y, color=colour, lw=2, marker="o", ms=3.5)
             axes.plot(x, [100 * point["nearest"] for point in points], color=colour, lw=1, ls=(0, (4, 2)))
-            if across:
+            if not across:
+                told = axes.annotate(
+                    curve["part"],
+                    (x[-1], y[-1]),
+                    (5, 0),
+                    textcoords="offset points",
+                    color=colour,
+                    fontsize=9,
+                    va="center",
+                )
+                told.set_in_layout(False)
+            else:
                 ends.append((y[-1], curve["part"], colour))
                 ends.append((100 * points[-1]["nearest"], f"1-NN, {curve['part']}", colour))
             below.step(x, [point["alphabets"] for point in points], where="mid", color=colour, lw=1.4)
@@ -107,10 +122,11 @@ def ways(path: Path, title: str, subtitle: str, curves: Sequence[Mapping[str, An
         if across:
             ends.append((100 / most, "chance", MUTED))
             _name_ends(axes, most + 1, ends)
-        axes.set_title("across all alphabets" if across else "within one alphabet", loc="left", fontsize=10.5)
+        where = "across all alphabets" if across else "within one alphabet (below: how many have so many characters)"
+        axes.set_title(where, loc="left", fontsize=10.5)
         axes.set_ylim(0, 101)
-        axes.set_xlim(0, most + 1)
-        below.set_xlim(0, most + 1)
+        for panel in (axes, below):
+            panel.set_xlim(0, most + (1 if across else 8))
         below.set_ylim(0, None)
         below.set_xlabel("ways (characters to choose among)", color=MUTED)
         axes.tick_params(labelbottom=False)

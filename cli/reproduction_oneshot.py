@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from cli import plot, scoring, uses
+from cli.evaluate import LAKE
 from cli.reproduction_recipe import Recipe, recipe
 from cli.reproduction_report import Report, about, bounds, notes, percent, subtitle, told, used
 from cli.reproduction_run import Bench, Choice
 from model import baseline, episode, evaluate, published
 from model.drawings import Drawings
 from model.episode import Episodes
-
-LAKE = "Lake's 400 official trials"
 
 
 def plan_of(choice: Choice) -> Recipe | None:
@@ -38,9 +37,10 @@ def reproduce_lake(bench: Bench, choice: Choice) -> Report:
     net = plan.config.net if plan else evaluate.load(trained(bench, choice, plan)).config.net
     if choice.data == "omniglot":  # read before anything is trained: what is missing is told at once
         drawings, tasks = episode.lake_runs(bench.settings.data_root, net.input)
-        what = LAKE
+        what, key = LAKE, "lake_runs"
     else:
         drawings, what = bench.load(net.input, choice.data).test, "400 tasks of stroke characters' test alphabets"
+        key = "test_tasks"
         tasks = episode.draw(drawings, 400, 20, scoring.FRESH_SEED)
     others = published.ONE_SHOT if what == LAKE else ()
     nearest = scoring.row(baseline.nearest_neighbour(drawings, tasks), len(tasks))
@@ -48,7 +48,7 @@ def reproduce_lake(bench: Bench, choice: Choice) -> Report:
         drawings = drawings.coloured()
     run = trained(bench, choice, plan)
     loaded = evaluate.load(run)
-    found = bench.scored("oneshot", run, {"tasks": what}, lambda: _score(bench, "oneshot", run, drawings, tasks, what))
+    found = bench.scored("oneshot", run, {"tasks": what}, lambda: _score(bench, "oneshot", run, drawings, tasks, key))
     rows = _rows(found, nearest, tasks.way, net.input, others)
     title = "One-shot recognition: which of 20 characters?"
     line = subtitle(plan, loaded.data, choice.seed) if plan else told(loaded)
@@ -71,7 +71,7 @@ def reproduce_mnist(bench: Bench, choice: Choice) -> Report:
     digits = bench.load(net.input, "mnist").test
     tasks = episode.draw(digits, choice.tasks, way, scoring.FRESH_SEED)
     run = bench.train(plan.config, "mnist")
-    how, what = {"tasks": choice.tasks, "seed": scoring.FRESH_SEED}, "tasks of MNIST's test images"
+    how, what = {"tasks": choice.tasks, "seed": scoring.FRESH_SEED}, "mnist_tasks"
     found = bench.scored("mnist", run, how, lambda: _score(bench, "mnist", run, digits, tasks, what))
     nearest = scoring.row(baseline.nearest_neighbour(digits, tasks), len(tasks))
     rows = _rows(found, nearest, way, net.input, published.MNIST)

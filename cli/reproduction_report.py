@@ -98,9 +98,9 @@ def notes(plan: Recipe | None, data: str) -> list[str]:
 def used(scores: Sequence[Mapping[str, Any]]) -> list[str]:
     """How often test data was used with these checkpoints."""
     most = max(score["test_uses"] for score in scores)
-    times = "once" if most == 1 else f"{most} times"
-    whom = "this checkpoint" if len(scores) == 1 else "each checkpoint" + (" at most" if most > 1 else "")
-    return [f"Test data used {times} with {whom} (recorded in {uses.NAME} beside it)."]
+    if len(scores) == 1:
+        return [uses.told(most)]
+    return [uses.told(most, "each checkpoint" + (" at most" if most > 1 else ""))]
 
 
 def about(plan: Recipe | None, data: str, seed: int, device: str) -> dict[str, Any]:

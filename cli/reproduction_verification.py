@@ -70,7 +70,7 @@ def reproduce(bench: Bench, choice: Choice) -> Report:
 def _judge(bench: Bench, run: Path, parts: tuple[Drawings, Drawings], known: Pairs, unseen: Pairs) -> dict[str, Any]:
     loaded = evaluate.load(run, bench.device)
     before = verification.similarities(loaded.net, parts[0], known, interrupt=bench.interrupt)
-    with uses.recorded(run, "test pairs", "whetstone reproduce verification") as use:
+    with uses.recorded(run, "test_pairs", "whetstone reproduce verification") as use:
         after = verification.similarities(loaded.net, parts[1], unseen, interrupt=bench.interrupt)
         found = verification.verify(before, known, after, unseen)
         use.score(found.test.accuracy, found.test.tasks)

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from cli import output, plot, scoring, uses
+from cli.evaluate import trained_with
 from cli.reproduction_oneshot import plan_of, trained
-from cli.reproduction_report import Report, about, notes, percent, subtitle, told, used
+from cli.reproduction_report import Report, about, notes, subtitle, told, used
 from cli.reproduction_run import Bench, Choice
 from model import baseline, episode, evaluate
 from model.drawings import Drawings
@@ -19,11 +20,10 @@ WITHIN = (2, 5, 10, 15, 20, 25, 30, 35, 40, 45, 50, 55)
 ACROSS = (2, 5, 10, 20, 30, 40, 50, 60)
 PARTS = ("training", "validation", "test")
 COLUMNS: tuple[str | tuple[str, str], ...] = (
-    "characters of",
+    "from",
     ("ways", "right"),
     ("alphabets", "right"),
     *((what, "right") for part in PARTS for what in (part, "1-NN")),
-    ("chance", "right"),
 )
 
 
@@ -32,8 +32,7 @@ def reproduce(bench: Bench, choice: Choice) -> Report:
     plan = plan_of(choice)
     run = trained(bench, choice, plan)
     loaded = evaluate.load(run, bench.device)
-    wanted = loaded.config.wanted | {"source": loaded.data or loaded.config.data}
-    data = bench.load(**wanted)
+    data = bench.load(**trained_with(loaded.config, loaded.data))
     parts = dict(zip(PARTS, (data.train, data.validation, data.test), strict=True))
     how = {"tasks": choice.tasks, "seed": scoring.FRESH_SEED}
     found = bench.scored("ways", run, how, lambda: _measure(bench, run, loaded.net, parts, choice.tasks))
@@ -48,9 +47,10 @@ def reproduce(bench: Bench, choice: Choice) -> Report:
         COLUMNS,
         list(_cells(curves)),
         [
-            f"Each figure: {choice.tasks:,} tasks, with half the width of its 95% interval; 1-NN: the nearest "
-            "neighbour on bare pixels, on the same tasks.",
-            "Alphabets: how many of the training, validation and test part have so many characters.",
+            f"Accuracy in per cent on {choice.tasks:,} tasks each, with half the width of its 95% interval; 1-NN: the "
+            "nearest neighbour on bare pixels, on the same tasks. Chance is 1 in the number of ways.",
+            "Characters are from one alphabet or from all. Alphabets: how many of the training, validation and test "
+            "part have so many characters.",
             "Training alphabets, by drawers that were trained on: the gap to the others is what was learnt by heart.",
             *notes(plan, loaded.data),
             *used([found]),
@@ -67,7 +67,7 @@ def _measure(bench: Bench, run: Path, net: SiameseNet, parts: Mapping[str, Drawi
         output.say(f"Scoring on {part} alphabets")
         curves += list(_curves(bench, net, part, parts[part], tasks))
     output.say("Scoring on test alphabets")
-    with uses.recorded(run, "tasks of the test alphabets", "whetstone reproduce ways") as use:
+    with uses.recorded(run, "test_tasks", "whetstone reproduce ways") as use:
         seen = list(_curves(bench, net, "test", parts["test"], tasks))
         at_20 = [p["accuracy"] for curve in seen for p in curve["points"] if p["way"] == 20 and not curve["across"]]
         use.score(at_20[0] if at_20 else seen[0]["points"][-1]["accuracy"], tasks)
@@ -116,9 +116,9 @@ def _cells(curves: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
             for point in curve["points"]
         }
         for way in sorted({way for _, way in points}):
-            row = ["all alphabets" if across else "one alphabet", str(way)]
+            row = ["all" if across else "one", str(way)]
             row.append(
-                " / ".join(str(points[part, way]["alphabets"]) if (part, way) in points else "0" for part in PARTS)
+                "/".join(str(points[part, way]["alphabets"]) if (part, way) in points else "0" for part in PARTS)
             )
             for part in PARTS:
                 point = points.get((part, way))
@@ -126,5 +126,5 @@ def _cells(curves: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
                     row += ["", ""]
                     continue
                 low, high = point["interval"]
-                row += [f"{percent(point['accuracy'])} ± {50 * (high - low):.1f}", percent(point["nearest"])]
-            yield [*row, percent(baseline.chance(way))]
+                row += [f"{100 * point['accuracy']:.1f} ±{50 * (high - low):.1f}", f"{100 * point['nearest']:.1f}"]
+            yield row

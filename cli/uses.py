@@ -26,11 +26,14 @@ class Use:
     def score(self, accuracy: float, tasks: int) -> None:
         self.accuracy, self.tasks = accuracy, tasks
 
-    @property
-    def told(self) -> str:
-        """The line to print with the figure."""
-        times = "once" if self.count == 1 else f"{self.count} times"
-        return f"Test data used {times} with this checkpoint."
+
+def times(count: int) -> str:
+    return {1: "once", 2: "twice"}.get(count, f"{count} times")
+
+
+def told(count: int, whom: str = "this checkpoint") -> str:
+    """The line to print with the figure."""
+    return f"Test data used {times(count)} with {whom} (recorded in {NAME} beside it)."
 
 
 def folder_of(checkpoint: Path) -> Path:
