@@ -71,11 +71,11 @@ class Captured(Updates):
         self._record = record or on_cuda
         self._slots: Slots | None = None
         self._replay: Replay | None = None
-        self._refused = False
+        self.refused = False
         self._total = torch.zeros((), dtype=torch.float64, device=self.device)
 
     def make(self, step: int, interrupt: Callable[[], bool]) -> Tensor:
-        if self._refused:
+        if self.refused:
             return super().make(step, interrupt)
         batch = self._draw(step)
         if self._replay is None and not self._recorded(batch):
@@ -99,12 +99,12 @@ class Captured(Updates):
         except RuntimeError as fault:  # a lack of memory too: what the update needs by itself may be there
             lines = str(fault).splitlines() or [type(fault).__name__]
             log.warning("no CUDA graph, so updates are slower: %s", lines[0][:300])
-            self._slots, self._refused = None, True
-        if self._refused:  # outside of the handler: the fault holds the frames, and they the memory
+            self._slots, self.refused = None, True
+        if self.refused:  # outside of the handler: the fault holds the frames, and they the memory
             self.optim.zero_grad(set_to_none=True)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-        return not self._refused
+        return not self.refused
 
     def _update(self) -> None:
         """The whole update on what the slots hold; its loss goes to `_total`."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import logging
+import queue
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -16,7 +19,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import capture, step
+from benchmarks import cuda as benchmark
+from benchmarks.measure import Results
+from model import capture, step, strokes
 from model.capture import on_cuda
 from model.net import SiameseNet
 from model.optim import optimizer
@@ -236,3 +241,33 @@ def test_a_gpu_that_torch_cannot_use_is_not_passed_over_in_silence(
         (tmp_path / "0000:01:00.0").mkdir()
         assert candidates("auto")[0].name == "cpu"
     assert "cannot use" in caplog.text
+
+
+def test_the_benchmark_of_a_device_that_is_not_there_has_no_figures(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    benchmark.main(["--json", str(tmp_path / "figures.json")])
+    written = json.loads((tmp_path / "figures.json").read_text())
+    assert written["figures"] == []
+    assert written["device"] is None
+    assert "no CUDA device" in written["skipped"]["cuda_full_pairs_per_s"]
+
+
+def test_the_benchmark_s_parts_run_and_say_what_is_worth_keeping() -> None:
+    """On the CPU, as small as they go: their figures mean nothing."""
+
+    def replaying(*given: Any, **named: Any) -> Updates:
+        return capture.Captured(*given, **named, record=lambda update, changed: update)
+
+    results, cpu, data = Results(), torch.device("cpu"), strokes.generate(28, shape=strokes.SMALL)
+    benchmark.kernel_by_kernel_and_as_a_graph(results, benchmark.QUICK, cpu, lambda size: data, replaying)
+    assert [figure.name for figure in results.figures] == ["cuda_mini_pairs_per_s"]
+    assert next(figure.value for figure in results.also if figure.name == "mini_16_loss_gap") == 0.0
+    found = benchmark.streams(benchmark.QUICK, cpu, data, replaying)
+    assert found.keys() == {1, 2}
+    benchmark.together(results, "streams", {1: 100.0, 2: 160.0, 4: 120.0})
+    assert (results.figures[-1].value, results.figures[-1].note) == (1.6, "2 at once; worth keeping")
+    answers: queue.SimpleQueue[float] = queue.SimpleQueue()
+    benchmark._fit(benchmark.QUICK, "cpu", threading.Barrier(1), answers, 0)
+    assert answers.get() > 0
