@@ -122,8 +122,7 @@ def ways(path: Path, title: str, subtitle: str, curves: Sequence[Mapping[str, An
         if across:
             ends.append((100 / most, "chance", MUTED))
             _name_ends(axes, most + 1, ends)
-        where = "across all alphabets" if across else "within one alphabet (below: how many have so many characters)"
-        axes.set_title(where, loc="left", fontsize=10.5)
+        axes.set_title("across all alphabets" if across else "within one alphabet", loc="left", fontsize=10.5)
         axes.set_ylim(0, 101)
         for panel in (axes, below):
             panel.set_xlim(0, most + (1 if across else 8))
@@ -131,7 +130,10 @@ def ways(path: Path, title: str, subtitle: str, curves: Sequence[Mapping[str, An
         below.set_xlabel("ways (characters to choose among)", color=MUTED)
         axes.tick_params(labelbottom=False)
     panels[0][0].set_ylabel("accuracy, %; shaded: 95% interval", color=MUTED)
-    panels[0][1].set_ylabel("alphabets", color=MUTED)
+    strip = panels[0][1]
+    strip.set_ylabel("alphabets", color=MUTED)
+    told = "with so many characters"
+    strip.text(0.985, 0.93, told, transform=strip.transAxes, ha="right", va="top", fontsize=8.5, color=MUTED)
     _save(figure, path, right=0.86, wspace=0.1, hspace=0.08)
 
 

@@ -34,7 +34,7 @@ def reproduce(bench: Bench, choice: Choice) -> Report:
     known, unseen = (verification.draw(part, verification.PAPER_PAIRS, scoring.FRESH_SEED) for part in parts)
     rows: list[dict[str, Any]] = []
     for row, plan in zip(published.VERIFICATION, plans, strict=True):
-        name = f"{row.pairs // 1000}k-{'distorted' if row.distorted else 'plain'}"
+        name = f"{row.pairs}-{'distorted' if row.distorted else 'plain'}"
         run = bench.train(plan.config, name)
         how = {"pairs": len(known), "seed": scoring.FRESH_SEED}
         found = bench.scored(name, run, how, lambda run=run: _judge(bench, run, parts, known, unseen))  # type: ignore[misc]
