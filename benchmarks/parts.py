@@ -105,17 +105,16 @@ def _input(config: TrainConfig, data: Dataset) -> Callable[[], float]:
 
     from benchmarks.measure import median
     from model.distortion import distort
-    from model.pairs import PairSampler
+    from model.step import source
 
-    sampler = PairSampler(data.train, config.batch_pairs, config.same_alphabet)
+    batches = source(config, data.train, lambda purpose: torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(0)
 
     def draw() -> float:
         times = []
-        for _ in range(5):
+        for step in range(5):
             began = time.perf_counter()
-            first, second, _ = sampler.draw(generator)
-            distort(data.train.flat[torch.cat([first, second])], generator)
+            distort(data.train.flat[batches.draw(generator, step).images], generator)
             times.append(time.perf_counter() - began)
         return median(times)
 

@@ -74,7 +74,7 @@ FULL = Scale(
     tasks=320,
     many=5000,
     pairwise_chunk=64,
-    pairwise_seconds=300.0,
+    pairwise_seconds=180.0,
     memory={"epochs": 3, "validation_tasks": 2000},
     training=accuracy.Scale(seeds=3, tasks=4000, minute=60.0, gap={"epochs": 14}),
 )
@@ -89,7 +89,7 @@ QUICK = Scale(
     tasks=2,
     many=3,
     pairwise_chunk=1,
-    pairwise_seconds=300.0,
+    pairwise_seconds=180.0,
     memory={"epochs": 1, "pairs_per_epoch": 512, "validation_tasks": 20},
     training=accuracy.Scale(seeds=1, tasks=40, minute=0.5, gap={"epochs": 1, "pairs_per_epoch": 512}),
 )
