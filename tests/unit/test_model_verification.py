@@ -68,8 +68,9 @@ def test_no_other_threshold_is_right_more_often(seed: int) -> None:
 def test_of_equally_good_thresholds_the_middle_one_is_taken() -> None:
     same = torch.tensor([True, True, False, False])
     assert threshold(torch.tensor([3.0, 4.0, 1.0, 2.0]), same) == 2.5
-    # Right three times at 1.5 and at 3.5, at none in between.
-    assert threshold(torch.tensor([4.0, 2.0, 3.0, 1.0]), same) in (1.5, 3.5)
+    # Right four times at 1.5, at 3.5 and at 5.5.
+    three = torch.tensor([True, True, True, False, False, False])
+    assert threshold(torch.tensor([6.0, 4.0, 2.0, 5.0, 3.0, 1.0]), three) == 3.5
 
 
 def test_a_collapsed_or_broken_network_is_right_half_the_time_or_never() -> None:
