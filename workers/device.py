@@ -2,6 +2,7 @@
 
 "auto" asks the coordinator for a CUDA device of its own among those the machine shows, by UUID, so that two workers
 on one machine (or in two of its containers) never share one by accident; a machine without CUDA trains on its CPU.
+Workers that are to share one, for trials too small to fill it, are each started with its name, `--device cuda:0`.
 Invariant: `candidates` never falls back silently from a GPU to the CPU.
 """
 
