@@ -58,7 +58,7 @@ def verification(
 ) -> None:
     """Same or different? 30k, 90k and 150k training pairs, without and with distorted copies: six networks.
 
-    They are trained one after another. On two CPU cores all six take about 5 minutes at --scale 0.01.
+    They are trained one after another. On one CPU core all six take about 6 minutes at --scale 0.01, and one at 0.001.
     """
     _huge_pages()
     from cli.reproduction_report import publish
@@ -83,7 +83,7 @@ def oneshot(
 ) -> None:
     """Lake's 400 official trials, 20 characters each, beside chance, 1-nearest neighbour, people, BPL and others.
 
-    On two CPU cores it takes about 2 minutes at --scale 0.01; with --checkpoint nothing is trained.
+    On one CPU core it takes about 2 minutes at --scale 0.01; with --checkpoint nothing is trained.
     """
     _huge_pages()
     from cli.reproduction_oneshot import reproduce_lake
@@ -108,7 +108,7 @@ def mnist(
 ) -> None:
     """10-way one-shot tasks of MNIST's digits by a network trained on Omniglot, both at 35 x 35 pixels.
 
-    On two CPU cores it takes about 3 minutes at --scale 0.01.
+    On one CPU core it takes about 4 minutes at --scale 0.01.
     """
     _huge_pages()
     from cli.reproduction_oneshot import reproduce_mnist

@@ -21,6 +21,7 @@ from cli.reproduction_recipe import FULL_NET, recipe
 from cli.reproduction_ways import within
 from model import published
 from model.drawings import Dataset
+from model.episode import draw
 from tests.unit.siamese import POINT, SIDE, TINY, drawings
 
 PRESETS = ("koch2015-verification", "koch2015-oneshot", "koch2015-mnist")
@@ -243,6 +244,33 @@ def test_a_use_that_fails_half_way_leaves_its_line_and_one_that_cannot_be_record
     with pytest.raises(OSError, match="nowhere"), uses.recorded(tmp_path / "nowhere" / "run", "lake_runs", "a command"):
         looked.append(1)
     assert not looked
+
+
+def test_evaluate_takes_shots_and_characters_of_all_alphabets(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert reproduce("oneshot", "--json") == 0
+    checkpoint = json.loads(capsys.readouterr().out)["run"]
+    assert run(["evaluate", checkpoint, "--shot", "3", "--across", "--way", "40", "--tasks", "60", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [told[key] for key in ("shot", "across_alphabets", "way", "tasks")] == [3, True, 40, 60]
+    assert "test_uses" not in told
+    assert len(lines(Path(checkpoint))) == 1
+    assert run(["evaluate", checkpoint, "--shot", "4", "--way", "5"]) == 1
+    assert "at least 5 people" in capsys.readouterr().err
+    assert run(["evaluate", checkpoint, "--test", "--shot", "2"]) == 2
+    assert "--shot" in capsys.readouterr().err
+
+
+def test_evaluate_records_its_use_of_lakes_trials(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert reproduce("oneshot", "--json") == 0
+    checkpoint = Path(json.loads(capsys.readouterr().out)["run"])
+    given = drawings(3, characters=22)
+    monkeypatch.setattr("model.episode.lake_runs", lambda *_: (given, draw(given, 400, 20, 1)))
+    assert run(["evaluate", str(checkpoint), "--test"]) == 0
+    assert "Test data used twice with this checkpoint" in capsys.readouterr().out
+    use = lines(checkpoint)[-1]
+    assert (use["what"], use["command"], use["tasks"]) == ("lake_runs", "whetstone evaluate --test", 400)
 
 
 def test_figures_of_others_are_shares_with_a_source() -> None:
