@@ -35,7 +35,8 @@ def initialise(net: SiameseNet, scheme: str, generator: torch.Generator) -> None
             if label == "output" and net.config.head == "weighted":
                 layer.weight.fill_(-1.0 / math.sqrt(fan_in))
             else:
-                rectified = conv or label in net.config.connected[:-1]
+                embedding = label == net.config.connected[-1]
+                rectified = label != "output" and (not embedding or net.config.activation == "relu")
                 _normal(layer.weight, 0.0, math.sqrt((2.0 if rectified else 1.0) / fan_in), generator)
             layer.bias.zero_()
         else:
