@@ -26,6 +26,7 @@ class Batch:
     weight    (Q,) float32
     triplets  (T, 3) int64 positions: anchor, positive, negative; None in a batch of pairs
     matrices  (n, 2, 3) float32, each image's distortion where it was decided before; None: to be drawn
+    bends     (n, 2, 4, 4) float32, each image's elastic distortion; None: there is none
     positives how many of the pairs, the first ones, are of one character, in a P x K batch
     twins     images are [all first, all second], and pair i is (i, n / 2 + i)
     """
@@ -37,6 +38,7 @@ class Batch:
     weight: Tensor
     triplets: Tensor | None = None
     matrices: Tensor | None = None
+    bends: Tensor | None = None
     positives: int = 0
     twins: bool = False
 
@@ -67,6 +69,7 @@ class Batch:
                     same=self.same[begin:end],
                     weight=self.weight[begin:end],
                     matrices=None if self.matrices is None else self.matrices[places],
+                    bends=None if self.bends is None else self.bends[places],
                 ),
                 places,
             )

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.baseline import interval
 from model.checkpoint import Best, CheckpointError, open_checkpoint
-from model.distortion import clean
+from model.distortion import clean, distort
 from model.drawings import Drawings
 from model.episode import Episodes
 from model.net import SiameseNet
@@ -31,6 +32,8 @@ _CHUNK_FLOPS = 1e11
 """Work between two looks at `interrupt`: a second or two on one slow core."""
 _CHUNK_VALUES = {"cpu": 2**19, "cuda": 2**24}
 """Differences of features held at once while tasks are answered: on a CPU what its cache holds (2 MiB)."""
+
+_VIEWS_SEED = 0
 
 
 class Interrupted(Exception):
@@ -64,10 +67,11 @@ def one_shot(
     episodes: Episodes,
     *,
     bf16: bool = False,
+    views: int = 0,
     interrupt: Callable[[], bool] = never,
 ) -> Score:
     """Score `net` on tasks over `drawings` of its own input size, on the device it is on. Raises Interrupted."""
-    return Score.of(answer(net, drawings, episodes, bf16=bf16, interrupt=interrupt))
+    return Score.of(answer(net, drawings, episodes, bf16=bf16, views=views, interrupt=interrupt))
 
 
 def answer(
@@ -76,13 +80,15 @@ def answer(
     episodes: Episodes,
     *,
     bf16: bool = False,
+    views: int = 0,
     interrupt: Callable[[], bool] = never,
 ) -> Tensor:
     """Which tasks `net` answers right: (T,) bool on the CPU. Raises Interrupted; ValueError for another image size.
 
-    A character's similarity is the mean over its drawings in the support set.
+    A character's similarity is the mean over its drawings in the support set. With `views` an image's embedding is the
+    mean over itself and so many distorted copies (by the paper's distortions, the same ones each time).
     """
-    return answer_each(net, drawings, [episodes], bf16=bf16, interrupt=interrupt)[0]
+    return answer_each(net, drawings, [episodes], bf16=bf16, views=views, interrupt=interrupt)[0]
 
 
 def answer_each(
@@ -91,12 +97,13 @@ def answer_each(
     sets: Sequence[Episodes],
     *,
     bf16: bool = False,
+    views: int = 0,
     interrupt: Callable[[], bool] = never,
 ) -> list[Tensor]:
     """`answer` for several sets of tasks, of other ways and shots, over the same drawings: each embedded once."""
     indices = [torch.cat([tasks.query, tasks.support.flatten()]) for tasks in sets]
     shown, place = torch.unique(torch.cat(indices), return_inverse=True)
-    features = embed(net, drawings, shown, bf16=bf16, interrupt=interrupt)  # (U, E)
+    features = embed(net, drawings, shown, bf16=bf16, views=views, interrupt=interrupt)  # (U, E)
     right = []
     for tasks, places in zip(sets, place.split([len(index) for index in indices]), strict=True):
         query, support = places[: len(tasks)], places[len(tasks) :].view(tasks.support.shape)  # (T,), (T, N, K)
@@ -133,6 +140,7 @@ def embed(
     shown: Tensor,
     *,
     bf16: bool = False,
+    views: int = 0,
     interrupt: Callable[[], bool] = never,
 ) -> Tensor:
     """Embeddings (U, E) of the drawings with these flat indices, on the network's device. Raises as `answer` does."""
@@ -142,13 +150,24 @@ def embed(
     shown = shown.to(images.device)
     chunk = int(min(1024, max(8, _CHUNK_FLOPS // net.config.flops)))
     features = torch.empty(len(shown), net.config.embedding, device=device)
+    generator = torch.Generator().manual_seed(_VIEWS_SEED)
     for begin in range(0, len(shown), chunk):
         if interrupt():
             raise Interrupted
-        pixels = clean(images[shown[begin : begin + chunk]].to(device))
-        with autocast(device, bf16):
-            features[begin : begin + chunk] = net.embed(pixels.contiguous(memory_format=torch.channels_last))
-    return features
+        some = images[shown[begin : begin + chunk]].to(device)
+        features[begin : begin + chunk] = _seen(net, clean(some), bf16)
+        for _ in range(views):
+            if interrupt():
+                raise Interrupted
+            features[begin : begin + chunk] += _seen(net, distort(some, generator), bf16)
+    if views and net.config.normalise:
+        return F.normalize(features, dim=1, eps=1e-6)
+    return features / (1 + views) if views else features
+
+
+def _seen(net: SiameseNet, pixels: Tensor, bf16: bool) -> Tensor:
+    with autocast(pixels.device, bf16):
+        return net.embed(pixels.contiguous(memory_format=torch.channels_last))
 
 
 def strictly_best(similarity: Tensor, target: Tensor) -> Tensor:

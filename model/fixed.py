@@ -32,13 +32,14 @@ class FixedPairs:
         batch: int,
         *,
         copies: int,
+        strength: float = 1.0,
         same_alphabet: bool,
         stream: Callable[[str], torch.Generator],
     ) -> None:
         self.batch, self.copies, self.device = batch, copies, drawings.device
         drawn = PairSampler(drawings, pairs, same_alphabet).draw(stream("pairs"), equal_shares=True)
         self.first, self.second, self.same = (part.cpu() for part in drawn)
-        self._distortions = draw_matrices(2 * pairs * copies, stream("distortions")) if copies else None
+        self._distortions = draw_matrices(2 * pairs * copies, stream("distortions"), strength) if copies else None
         self._stream = stream
         self._pass, self._order = -1, torch.zeros(0, dtype=torch.int64)
         self._positions = torch.arange(2 * batch, device=self.device)

@@ -39,7 +39,7 @@ class NetConfig:
     embedding and goes through `activation`. Similarities come from a `weighted` head (alpha over componentwise
     differences) or, with head none or classes, from a distance between embeddings, on the unit sphere with `normalise`.
     `classes` is the number of outputs of a head that classifies. With norm batch a convolution's output is normalised
-    over the batch before its ReLU (Ioffe and Szegedy 2015).
+    over the batch (Ioffe and Szegedy 2015), here after its pooling and ReLU.
     """
 
     input: int

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.block import ConvBlock
 from model.geometry import MINI, NETS, PAPER, Conv, NetConfig
 
 __all__ = ["MINI", "NETS", "PAPER", "Conv", "NetConfig", "SiameseNet"]
@@ -80,13 +81,18 @@ class SiameseNet(nn.Module):
         A generator means training: `config.dropout` takes part, and batches are normalised by their own statistics.
         """
         x = images
+        fast = x.device.type == "cpu" and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")
         for label, layer in zip(self.config.convolutions, self.config.conv, strict=True):
-            x = self.layer(label)(x)  # (B, filters, s, s)
-            if layer.pool != "none":
-                x = F.max_pool2d(x, 2, ceil_mode=layer.pool == "ceil")
-            if (norm := self._norm(label)) is not None:
+            module, norm = self.layer(label), self._norm(label)
+            if fast:
+                x = ConvBlock.apply(x, module.weight, module.bias, layer.pool)  # type: ignore[no-untyped-call]
+            else:
+                x = module(x)  # (B, filters, s, s)
+                if layer.pool != "none":
+                    x = F.max_pool2d(x, 2, ceil_mode=layer.pool == "ceil")
+                x = F.relu(x)
+            if norm is not None:
                 x = norm.train(training is not None)(x)
-            x = F.relu(x)
         x = x.flatten(1)  # (B, features)
         *hidden, last = self.config.connected
         for label in hidden:
@@ -112,7 +118,10 @@ class SiameseNet(nn.Module):
             if self.config.head != "weighted":
                 return -self.distance(first, second)
             apart = first - second
-            apart = apart.abs() if self.config.distance == "l1" else apart.square()
+            if apart.requires_grad:
+                apart = apart.abs() if self.config.distance == "l1" else apart.square()
+            else:
+                apart = apart.abs_() if self.config.distance == "l1" else apart.square_()
             logits: Tensor = self.layer("output")(apart).squeeze(-1)
         return logits
 

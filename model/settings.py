@@ -62,6 +62,8 @@ SETTINGS: Mapping[str, tuple[Kind, Any]] = {
     "alphabets": (integer(1, 1024), 2),
     "negatives": (integer(1, 4096), 5),
     "distort": (boolean(), True),
+    "strength": (number(above=0.0, high=2.5), 1.0),
+    "elastic": (number(low=0.0, high=1.0), 0.0),
     "rotations": (boolean(), False),
     # by which steps, from which start
     "optimizer": (choice("sgd", "adam"), "sgd"),
@@ -190,6 +192,8 @@ def _contradictions(values: Mapping[str, Any]) -> list[Fault]:
     if (count := values["fixed_pairs"]) is not None:
         if pxk or loss not in ("sigmoid", "contrastive"):
             refuse("fixed_pairs", "goes with batches pairs and a loss on pairs (sigmoid, contrastive)")
+        if values["elastic"]:
+            refuse("elastic", "does not go with fixed_pairs, whose distorted copies are affine")
         whole = count * (1 + values["distorted_copies"] * values["distort"])
         if values["batch_pairs"] > whole:
             refuse("batch_pairs", f"must not be larger than the training set, which has {whole:,} pairs")

@@ -74,6 +74,8 @@ class TrainConfig:
     alphabets: int
     negatives: int
     distort: bool
+    strength: float
+    elastic: float
     rotations: bool
     optimizer: str
     init: str

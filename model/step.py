@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from model.batch import Batch, Source
-from model.distortion import clean, draw_matrices, warp
+from model.distortion import clean, draw_bends, draw_matrices, warp
 from model.drawings import Drawings
 from model.fixed import FixedPairs
 from model.loss import loss
@@ -49,7 +49,13 @@ def source(config: TrainConfig, drawings: Drawings, stream: Callable[[str], torc
         copies = config.distorted_copies if config.distort else 0
         same = config.same_alphabet
         return FixedPairs(
-            drawings, config.fixed_pairs, config.batch_pairs, copies=copies, same_alphabet=same, stream=stream
+            drawings,
+            config.fixed_pairs,
+            config.batch_pairs,
+            copies=copies,
+            strength=config.strength,
+            same_alphabet=same,
+            stream=stream,
         )
     sampler = PairSampler(drawings, config.batch_pairs, config.same_alphabet)
     return TripletBatches(sampler) if config.loss == "triplet" else PairBatches(sampler)
@@ -64,7 +70,7 @@ def pieces(config: TrainConfig, device: torch.device) -> int:
 class Slots:
     """Room on a device for batches of one shape, `batch`, which `fill` overwrites with another one's numbers."""
 
-    _KINDS = (("images", "first", "second", "triplets"), ("same", "weight", "matrices"))
+    _KINDS = (("images", "first", "second", "triplets"), ("same", "weight", "matrices", "bends"))
     """Integers and fractions: one transfer each."""
 
     def __init__(self, like: Batch, device: torch.device) -> None:
@@ -137,7 +143,9 @@ class Updates:
         """The batch of that step with its distortions, on the CPU."""
         batch = self.source.draw(self.generator, step)
         if batch.matrices is None and self.config.distort:
-            batch = replace(batch, matrices=draw_matrices(len(batch), self.generator))
+            batch = replace(batch, matrices=draw_matrices(len(batch), self.generator, self.config.strength))
+            if self.config.elastic:
+                batch = replace(batch, bends=draw_bends(len(batch), self.generator, self.config.elastic))
         return batch
 
     def _placed(self, batch: Batch) -> Batch:
@@ -152,7 +160,9 @@ class Updates:
         """Set the weights' gradients to those of a batch's loss; gives the loss."""
         self.optim.zero_grad(set_to_none=True)
         images = self.drawings.flat[batch.images]  # (n, S, S) uint8
-        pixels = clean(images) if batch.matrices is None else warp(images, batch.matrices)  # (n, channels, S, S)
+        pixels = (
+            clean(images) if batch.matrices is None else warp(images, batch.matrices, batch.bends)
+        )  # (n, channels, S, S)
         total = torch.zeros((), dtype=torch.float64, device=pixels.device)
         for number, (part, places) in enumerate(batch.parts(self.pieces)):
             if number and interrupt():

@@ -134,7 +134,7 @@ def test_a_sibling_has_the_layers_and_parameters_that_its_geometry_says(name: st
     assert net(x).shape == (2,)
 
 
-def test_batches_are_normalised_after_the_pooling_and_before_the_relu() -> None:
+def test_batches_are_normalised_after_the_pooling_and_the_relu() -> None:
     net, x = seeded(replace(CONFIG, norm="batch")), images(6)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -147,10 +147,11 @@ def test_batches_are_normalised_after_the_pooling_and_before_the_relu() -> None:
             x = F.conv2d(x, net.layer(label).weight, net.layer(label).bias)
             if layer.pool != "none":
                 x = F.max_pool2d(x, 2, ceil_mode=layer.pool == "ceil")
+            x = F.relu(x)
             mean, variance = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), keepdim=True, unbiased=False)
             norm = net.get_submodule(f"{label}_norm")
             scale, shift = (p.view(1, -1, 1, 1) for p in (norm.weight, norm.bias))
-            x = F.relu((x - mean) / (variance + norm.eps).sqrt() * scale + shift)
+            x = (x - mean) / (variance + norm.eps).sqrt() * scale + shift
         return torch.sigmoid(F.linear(x.flatten(1), net.fc.weight, net.fc.bias))
 
     torch.testing.assert_close(net.embed(x, torch.Generator()), formula(x))
