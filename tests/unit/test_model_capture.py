@@ -129,6 +129,38 @@ def test_an_update_touches_one_device_alone(name: str, monkeypatch: pytest.Monke
         assert captured.make(number, lambda: False).device.type == "meta"
 
 
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_cuda_graph_makes_the_updates_of_its_kernels(name: str) -> None:
+    """The same losses over three epochs, but for the order in which the device adds; and it is a graph that does it."""
+    chosen = recipe(RECIPES[name])
+    (_, *eager), (_, *graph) = prepared(chosen, Updates, "cuda"), prepared(chosen, Captured, "cuda")
+    for number in range(9):
+        losses = []
+        for optimizer, updates in (eager, graph):
+            optim.schedule(optimizer, chosen, number // 3)
+            losses.append(updates.make(number, lambda: False).clone())
+        torch.testing.assert_close(losses[1], losses[0], rtol=2e-2 if "bf16" in name else 1e-3, atol=1e-4)
+    assert not graph[1].refused
+
+
+@needs_cuda
+def test_a_run_on_cuda_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    """As on a CPU, but for the last digits; what its health checks left pending is settled in the checkpoint."""
+    chosen = recipe({"pairs_per_epoch": 1600, "epochs": 2})
+    store = Checkpoints(tmp_path)
+    left = iter([False] * 150)
+    stopped = fit(chosen, DATA, lambda *_: None, device="cuda", store=store, interrupt=lambda: next(left, True))
+    assert (stopped.outcome, store.read_last().step, store.read_last().tied_at) == ("stopped", 150, None)
+    resumed = fit(chosen, DATA, lambda *_: None, device="cuda", store=store)
+    whole = fit(chosen, DATA, lambda *_: None, device="cuda")
+    assert resumed.outcome == whole.outcome == "complete"
+    assert resumed.value == pytest.approx(whole.value, abs=0.25)
+
+
 def test_where_nothing_can_be_recorded_updates_are_made_all_the_same(caplog: pytest.LogCaptureFixture) -> None:
     def refuse(update: Callable[[], None], changed: Sequence[Tensor]) -> Replay:
         rehearse(update, changed)
