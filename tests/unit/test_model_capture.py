@@ -108,6 +108,7 @@ class Rigid(TorchDispatchMode):
 
 
 def rigidly(update: Callable[[], None], changed: Sequence[Tensor]) -> Replay:
+    rehearse(update, changed)  # which makes what is made once and kept
     with Rigid():
         update()
     return update
