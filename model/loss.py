@@ -28,10 +28,10 @@ def loss(net: SiameseNet, embeddings: Tensor, batch: Batch, config: TrainConfig,
     with torch.autocast(embeddings.device.type, enabled=False):
         match config.loss:
             case "sigmoid":
-                logits = net.compare(embeddings[batch.first], embeddings[batch.second])
+                logits = net.compare(*_pairs(embeddings, batch))
                 return F.binary_cross_entropy_with_logits(logits, batch.same, weight=batch.weight, reduction="sum")
             case "contrastive":
-                apart = net.distance(embeddings[batch.first], embeddings[batch.second])
+                apart = net.distance(*_pairs(embeddings, batch))
                 lack = (config.margin - apart).clamp_min(0.0)
                 return (0.5 * batch.weight * torch.where(batch.same > 0, apart, lack).square()).sum()
             case "classes":
@@ -46,9 +46,14 @@ def loss(net: SiameseNet, embeddings: Tensor, batch: Batch, config: TrainConfig,
         return _triplet(net, embeddings, batch, config, alike)
 
 
+def _pairs(embeddings: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    # The gradient of index_select takes a third of the time that the one of embeddings[...] does.
+    return embeddings.index_select(0, batch.first), embeddings.index_select(0, batch.second)
+
+
 def _triplet(net: SiameseNet, embeddings: Tensor, batch: Batch, config: TrainConfig, alike: Tensor) -> Tensor:
     if config.mining == "none":
-        anchor, positive, negative = (embeddings[of] for of in _triplets(batch))
+        anchor, positive, negative = (embeddings.index_select(0, of) for of in _triplets(batch))
         near, far = net.distance(anchor, positive), net.distance(anchor, negative)
     else:
         apart = _apart(net, embeddings)
@@ -57,7 +62,7 @@ def _triplet(net: SiameseNet, embeddings: Tensor, batch: Batch, config: TrainCon
         else:
             anchors, positives = batch.first[: batch.positives], batch.second[: batch.positives]
         near = apart[anchors, positives]
-        far = apart[anchors].gather(1, _semi_hard(apart, alike, anchors, near)[:, None])[:, 0]
+        far = apart.index_select(0, anchors).gather(1, _semi_hard(apart, alike, anchors, near)[:, None])[:, 0]
     return (near - far + config.margin).clamp_min(0.0).mean()
 
 
