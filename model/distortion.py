@@ -52,7 +52,7 @@ def warp(images: Tensor, matrices: Tensor, bends: Tensor | None = None) -> Tenso
     side = pixels.shape[-1]
     grid = _grid(matrices.to(images.device, non_blocking=True), side)
     if bends is not None:
-        spread = _smooth(side).to(images.device, non_blocking=True)  # (side, 4)
+        spread = _smooth(side, images.device)  # (side, 4)
         bent = spread @ bends.to(images.device, non_blocking=True) @ spread.T  # (B, 2, side, side)
         grid = grid + bent.permute(0, 2, 3, 1)
     return F.grid_sample(pixels, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
@@ -95,11 +95,14 @@ def draw_matrices(count: int, generator: torch.Generator, strength: float = 1.0)
 
 
 @functools.cache
-def _smooth(side: int) -> Tensor:
-    """(side, 4): the weight of each of four points along an axis at each pixel, bicubic."""
+def _smooth(side: int, device: torch.device) -> Tensor:
+    """(side, 4): the weight of each of four points along an axis at each pixel, bicubic.
+
+    It is brought to the device once: a CUDA graph of an update cannot hold a copy from the CPU.
+    """
     points = torch.eye(_KNOTS)[None]  # (1, 4, 4): each point by itself
     flat = F.interpolate(points[..., None], size=(side, 1), mode="bicubic", align_corners=True)  # (1, 4, side, 1)
-    return flat[0, :, :, 0].T.contiguous()
+    return flat[0, :, :, 0].T.contiguous().to(device)
 
 
 def _grid(matrices: Tensor, side: int) -> Tensor:

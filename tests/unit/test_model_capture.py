@@ -29,6 +29,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "sigmoid": {},
     "sigmoid, plain": {"distort": False},
     "sigmoid, bf16": {"precision": "bf16"},
+    "sigmoid, elastic": {"elastic": 0.1, "strength": 1.5},
     "sigmoid, pxk": PXK,
     "sigmoid, fixed pairs": {"fixed_pairs": 20, "distorted_copies": 2},
     "sigmoid, batch norm": {"norm": "batch"},
