@@ -2,8 +2,8 @@
 
 Trains the recipe (benchmarks/record.yaml unless another is given) for so many minutes of the processor's time, over all
 threads. Promise: the epoch, and whether images are looked at once or in several distorted views, are chosen on
-validation tasks alone; then, once, the chosen network answers the official trials, and that use of test data is recorded with the checkpoint. A folder that holds a run is refused, for its time
-would not be counted.
+validation tasks alone; then, once, the chosen network answers the official trials, and that use of test data is
+recorded with the checkpoint. A folder that holds a run is refused, for its time would not be counted.
 """
 
 from __future__ import annotations
