@@ -51,14 +51,16 @@ class Row:
 
 
 def _contrastive(head: str, published: str, distance: str, pairs: int = 40_000) -> Row:
-    sets = (f"distance={distance}", f"fixed_pairs={pairs}")
+    margins = {"l1": 250, "l2": 6} if head == "fc2" else {"l1": 500, "l2": 10}
+    sets = (f"distance={distance}", f"margin={margins[distance]}", f"fixed_pairs={pairs}")
     name = f"contrastive {head}, {distance.upper()}, {pairs // 2000}k same pairs"
     mini = (*MINI, "fc=[256, 256]") if head == "fc2" else MINI
     return Row(name, f"contrastive2018-{head.replace('_', '-')}", published, "angelic", sets, mini)
 
 
 ROWS = (
-    Row("Keras port (2017)", "keras2017", "about 83%", "", (), MINI),
+    # That port's start leaves all similarities of the small network equal to the sixth digit, and its L2 ties them.
+    Row("Keras port (2017)", "keras2017", "about 83%", "", (), (*MINI, "init=he")),
     Row("PyTorch project (2019)", "pytorch2019", "about 81%", "", (), MINI),
     _contrastive("fc1", "40.25%", "l1"),
     _contrastive("fc1", "41.50%", "l2"),
@@ -213,7 +215,12 @@ def _run(row: Row, sets: list[str], chosen: argparse.Namespace, found: Found) ->
         found.measured = f"Angelic 01 to 20, {score.tasks} queries, one reference each"
     elif row.protocol in ("nearest", "classify"):
         _digits(row, net, config, data, folder, found)
-    found.measured += f"; fresh tasks {100 * found.tasks['accuracy']:.1f}%" if "fresh" not in found.measured else ""
+    if "fresh" not in found.measured:
+        found.measured += f"; fresh tasks {100 * found.tasks['accuracy']:.1f}%"
+    elif data.name != "mnist":  # others draw the characters of a task from all alphabets at once, which is easier
+        wide = episode.draw(data.validation, chosen.tasks, config.way, SEED, across=True)
+        share = evaluate.one_shot(net, data.validation.to(device), wide).accuracy
+        found.measured += f", within an alphabet; across alphabets {100 * share:.1f}%"
 
 
 def _progress(epoch: int, metrics: dict[str, float]) -> None:

@@ -6,13 +6,14 @@ import io
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from rich.console import Console
 
 from cli import main, output, presets
-from cli.train import read
+from cli.train import _Line, read
 from hpo import spec
 from model import strokes
 from model.drawings import Dataset
@@ -191,8 +192,20 @@ def test_a_person_at_a_terminal_sees_how_far_an_epoch_is(
     monkeypatch.setattr(strokes.generate, "__kwdefaults__", {"seed": 0, "shape": strokes.SMALL})
     sets = [part for pair in [*tiny("triplet"), "data=strokes"] for part in ("--set", pair)]
     assert main.run(["train", "triplet", *sets, "--device", "cpu", "--threads", "1", *more]) == 0
-    assert ("epoch 0, step 1 of 2" in shown.getvalue()) == (terminal and not more)
+    assert ("epoch 0, measuring" in shown.getvalue()) == (terminal and not more)
     assert "epoch    0   loss" in shown.getvalue()
+
+
+def test_the_live_line_tells_epoch_step_and_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("cli.train.time.monotonic", lambda: now[0])
+    config, said = read("triplet", ["pairs_per_epoch=1280"], 0), Mock()
+    line = _Line(said, config)
+    for step in (1, 2, 3, 10):
+        line(4, step)
+        now[0] += 0.2
+    told = [call.args[0] for call in said.update.call_args_list]
+    assert told == ["epoch 4, step 1 of 10", "epoch 4, step 3 of 10, 640 pairs/s", "epoch 4, measuring"]
 
 
 def test_a_recipe_of_ones_own_takes_overrides_too(tmp_path: Path) -> None:
