@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from cli import output, presets, settings
 from cli.overrides import assign
@@ -66,6 +67,7 @@ def train(
     """Train one network. Ctrl-C writes a checkpoint; the same command goes on from it, to the same result."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages, read by torch when it is loaded
     config = read(recipe, sets or [], seed)
+    _find_transfer(config)
     into = into or (Path("runs", recipe) if recipe in presets.names() else Path("run"))
     import torch
 
@@ -96,8 +98,8 @@ def train(
 
     parameters = config.net.parameters
     output.err.print(
-        f"Training {parameters:,} parameters on {output.escape(data.name)} at {data.size} x {data.size} pixels, "
-        f"on {place}. Checkpoints: {output.escape(str(into))}"
+        f"Training {parameters:,} parameters on {escape(data.name)} at {data.size} x {data.size} pixels, "
+        f"on {place}. Checkpoints: {escape(str(into))}"
     )
     with _live(config, quiet=json) as progress:
         result = fit(
@@ -126,7 +128,7 @@ def train(
         output.say(f"This point is infeasible: {result.reason}")
     else:
         output.out.print(f"Best: [bold green]{output.percent(result.value)}[/] at epoch {result.best_epoch}")
-        output.out.print(f"Score it on fresh tasks: whetstone evaluate {output.escape(str(into))}", soft_wrap=True)
+        output.out.print(f"Score it on fresh tasks: whetstone evaluate {escape(str(into))}", soft_wrap=True)
     raise typer.Exit(OUTCOME_CODE[result.outcome])
 
 
@@ -137,6 +139,7 @@ def read(recipe: str, sets: list[str], seed: int | None) -> TrainConfig:
     """
     from model import spec
     from model.recipe import load_recipe
+    from model.values import suggestion
 
     given = _by_name(assign(sets, "epochs=5"))
     if recipe in presets.names():
@@ -147,10 +150,19 @@ def read(recipe: str, sets: list[str], seed: int | None) -> TrainConfig:
         params, fixed, written = load_recipe(recipe)
         params, fixed = presets.lay(params, fixed, given)
     else:
-        near = spec.suggestion(recipe, presets.names())
+        near = suggestion(recipe, presets.names())
         known = ", ".join(presets.names())
         raise Invalid([Fault(recipe, f"is neither a file nor a preset{near or '.'} Presets: {known}")], "the recipe")
     return spec.config(params, fixed, next((s for s in (seed, written) if s is not None), 0))
+
+
+def _find_transfer(config: TrainConfig) -> None:
+    """Raises `Invalid` where the checkpoint to transfer from is not there, before a folder is made."""
+    if config.transfer is None or Path(config.transfer).exists():
+        return
+    name = Path(config.transfer).name
+    first = f"train it first (`whetstone train {name}`)" if name in presets.names() else "train it first"
+    raise Invalid([Fault("transfer", f"{config.transfer} is not there: {first}, or name a checkpoint's folder")])
 
 
 def _by_name(overrides: dict[str, Any]) -> dict[str, Any]:

@@ -153,6 +153,7 @@ def test_what_cannot_be_trained_is_one_error_with_the_remedy(
     assert "did you mean keras2017?" in told(capsys, "keras2015")
     assert "whetstone study launch --preset koch2015" in told(capsys, "koch2015")
     assert "cannot be read" in told(capsys, "nowhere.yaml")
+    assert "whetstone train mnist-classifier" in told(capsys, "mnist-transfer")
     faults = told(capsys, "mini-pxk", "--set", "epohcs=3", "--set", "eta=-1", "--set", "way=x")
     assert "did you mean epochs?" in faults
     assert "eta: must be" in faults
