@@ -123,7 +123,7 @@ def _decide(
     """Which tasks are answered right, (T,) bool; `query` (T,) and `support` (T, N, K) are rows of `features` (U, E)."""
     query, support, target = (index.to(features.device) for index in (query, support, target))
     right = torch.empty(len(query), dtype=torch.bool, device=features.device)
-    chunk = max(1, _CHUNK_VALUES[features.device.type] // (support[0].numel() * features.shape[1]))
+    chunk = max(1, _CHUNK_VALUES.get(features.device.type, 2**24) // (support[0].numel() * features.shape[1]))
     for begin in range(0, len(query), chunk):
         if interrupt():
             raise Interrupted

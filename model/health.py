@@ -54,7 +54,9 @@ class Health:
         if self.later and (dead := self._settle()):
             return dead
         with torch.no_grad():
-            similarity = torch.sigmoid(net(clean(self.probe).contiguous(memory_format=torch.channels_last)))
+            similarity = net(clean(self.probe).contiguous(memory_format=torch.channels_last))
+            if net.config.head == "weighted":  # a probability; distances have no bounds
+                similarity = similarity.sigmoid()
             # NaN compares unequal to everything, so it is asked for by itself.
             probed = [~(similarity == similarity[0]).all(), similarity.isfinite().all()]
         self._pending = _Flags.ask(net, loss, step, probed)

@@ -197,6 +197,10 @@ def _contradictions(values: Mapping[str, Any]) -> list[Fault]:
         whole = count * (1 + values["distorted_copies"] * values["distort"])
         if values["batch_pairs"] > whole:
             refuse("batch_pairs", f"must not be larger than the training set, which has {whole:,} pairs")
+    pairs = values["characters"] * values["drawings"] // 2 if pxk else values["batch_pairs"]
+    if pairs > values["pairs_per_epoch"]:
+        batch = "characters x drawings / 2" if pxk else "batch_pairs"
+        refuse("pairs_per_epoch", f"must be at least one batch: {batch} is {pairs:,} pairs")
     if pxk and values["characters"] % values["alphabets"]:
         refuse("characters", f"must be a multiple of alphabets ({values['alphabets']}): each gives the same number")
     if pxk and values["characters"] < 2 * values["alphabets"]:

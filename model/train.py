@@ -24,7 +24,7 @@ from torch import Tensor
 
 from model import capture, evaluate, optim
 from model.average import Average
-from model.checkpoint import Best, CheckpointError, Checkpoints, State, open_checkpoint
+from model.checkpoint import Best, Checkpoints, State
 from model.drawings import DataError, Dataset, rotated
 from model.episode import draw
 from model.evaluate import never
@@ -37,6 +37,7 @@ from model.precision import wants_bf16
 from model.recipe import load_recipe
 from model.spec import TrainConfig
 from model.step import Interrupted
+from model.transfer import transfer
 
 __all__ = ["FitResult", "Report", "Signal", "fit", "load_recipe"]
 
@@ -388,23 +389,6 @@ def essence(config: TrainConfig) -> dict[str, Any]:
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def transfer(path: str, net: SiameseNet) -> None:
-    """Take the convolutions of a checkpoint over into `net`. Raises CheckpointError where they do not fit."""
-    saved = open_checkpoint(path)
-    weights = saved.weights if isinstance(saved, Best) else _under("net.", saved.tensors)
-    with torch.no_grad():
-        for label in net.config.convolutions:
-            for name, parameter in net.layer(label).named_parameters():
-                found = weights.get(f"{label}.{name}")
-                if found is None or found.shape != parameter.shape:
-                    have = "none" if found is None else " x ".join(map(str, found.shape))
-                    need = " x ".join(map(str, parameter.shape))
-                    raise CheckpointError(
-                        f"transfer from {path}: {label}.{name} is {have} there, this network has {need}"
-                    )
-                parameter.copy_(found)
 
 
 def _spread(right: Tensor, count: int) -> Tensor:

@@ -39,7 +39,7 @@ SEARCHES = {"mini", "koch2015", "koch2015-log", "koch2015-architecture"}
 """These have no whole point: `whetstone train` is told the rates."""
 RATES = ["eta=0.01", "mu=0.5", "lambda=0"]
 TINY = [
-    "filters=2", "fc=4", "epochs=1", "batch_pairs=4", "pairs_per_epoch=8", "validation_tasks=10", "way=5",
+    "filters=2", "fc=4", "epochs=1", "batch_pairs=4", "pairs_per_epoch=24", "validation_tasks=10", "way=5",
     "characters=8", "drawings=3", "transfer=null", "patience=null", "precision=fp32",
 ]  # fmt: skip
 """What makes a preset quick and leaves its recipe: loss, batches, optimizer, start, kernels, distortions."""
