@@ -58,7 +58,7 @@ def obstacle(config: TrainConfig, device: torch.device) -> str:
     """Why updates by this recipe cannot be recorded on the device, or ""."""
     if config.net.dropout:
         return "dropout is drawn on the CPU in mid-update"
-    if (count := pieces(config, device)) > 1:
+    if (count := pieces(config, device, bf16=True)) > 1:
         return f"a batch is worked off in {count} pieces"
     return ""
 

@@ -148,7 +148,7 @@ def embed(
         raise ValueError(f"the network sees {net.config.input} pixels a side, the drawings have {drawings.size}")
     device, images = net.device, drawings.flat
     shown = shown.to(images.device)
-    chunk = int(min(1024, max(8, _CHUNK_FLOPS // net.config.flops)))
+    chunk = int(min(256, max(8, _CHUNK_FLOPS // net.config.flops)))
     features = torch.empty(len(shown), net.config.embedding, device=device)
     generator = torch.Generator().manual_seed(_VIEWS_SEED)
     for begin in range(0, len(shown), chunk):

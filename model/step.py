@@ -26,8 +26,8 @@ from model.precision import autocast
 from model.pxk import CharacterBatches
 from model.spec import TrainConfig
 
-_PIECE_FLOPS = {"cpu": 1.5e11, "cuda": 5e13}
-"""A batch is worked off in pieces of at most this much."""
+_PIECE_FLOPS = {"cpu": 1.5e11, "cpu bf16": 1.5e12, "cuda": 5e13}
+"""A batch is worked off in pieces of at most this much: some seconds of a slow core that has nothing better."""
 
 
 class Interrupted(Exception):
@@ -61,10 +61,11 @@ def source(config: TrainConfig, drawings: Drawings, stream: Callable[[str], torc
     return TripletBatches(sampler) if config.loss == "triplet" else PairBatches(sampler)
 
 
-def pieces(config: TrainConfig, device: torch.device) -> int:
+def pieces(config: TrainConfig, device: torch.device, *, bf16: bool) -> int:
     """In how many pieces a batch is worked off on a device of this kind."""
+    kind = "cpu bf16" if device.type == "cpu" and bf16 else device.type
     work = 6 * config.net.flops * config.pairs_per_batch  # two images a pair, and backward twice as dear as forward
-    return max(1, min(config.pairs_per_batch, math.ceil(work / _PIECE_FLOPS.get(device.type, math.inf))))
+    return max(1, min(config.pairs_per_batch, math.ceil(work / _PIECE_FLOPS.get(kind, math.inf))))
 
 
 class Slots:
@@ -118,7 +119,7 @@ class Updates:
         self.device = drawings.device
         self.source = source(config, _described(drawings), stream)
         self.generator = stream("training")
-        self.pieces = pieces(config, self.device)
+        self.pieces = pieces(config, self.device, bf16=bf16)
 
     def make(self, step: int, interrupt: Callable[[], bool]) -> Tensor:
         """The update of that step, counted over the whole run; gives its loss, float64, until the next one is made.
