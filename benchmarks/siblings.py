@@ -79,6 +79,7 @@ ROWS = (
     Row("triplet, random negatives", "triplet", "", ""),
     Row("triplet, semi-hard negatives", "triplet", "", "", ("mining=semi-hard",)),
     Row("P x K batches (ours)", "mini-pxk", "", ""),
+    Row("P x K batches, softmax (ours)", "mini-softmax", "", ""),
 )
 """In the order of docs/results.md."""
 

@@ -27,6 +27,7 @@ SIBLINGS = {
     "contrastive2018-fc2",
     "keras2017",
     "mini-pxk",
+    "mini-softmax",
     "mnist-classifier",
     "mnist-siamese",
     "mnist-siamese-out2",
