@@ -2,8 +2,9 @@
 
 Whatever happens in a trial comes back as one `Ended`: an exception with its traceback, memory that ran out as
 infeasible at the level of chance. Only what is the machine's fault and not the trial's (its data is missing, its disk
-is full) is raised, as `MachineUnfit`, because the next trial would meet it too; data that is whole and too small for
-what the study asks of it is the study's fault. Data stays loaded between trials.
+is full) is raised, as `MachineUnfit`, because the next trial would meet it too; a folder of images that is there and
+cannot be trained on, or data too small for what the study asks of it, is the study's fault. Data stays loaded between
+trials; of a trial itself nothing stays in memory.
 """
 
 from __future__ import annotations
@@ -105,8 +106,8 @@ class Siamese:
                 poisoned=self._poisoned(),
             )
         finally:
+            gc.collect()  # a run that broke off refers to itself: without this its network stays beside the next one
             if self._device.name != "cpu":
-                gc.collect()
                 with contextlib.suppress(RuntimeError):
                     torch.cuda.empty_cache()
 
@@ -156,24 +157,33 @@ class Siamese:
         return self._dataset(wanted | {"source": chosen})
 
     def _dataset(self, wanted: dict[str, Any]) -> Dataset:
-        """The data set on our device; the last few stay loaded."""
+        """The data set on our device; the last few stay loaded, unless one more takes their memory."""
         key = tuple(wanted.items())
         if key not in self._datasets:
-            try:
-                found = load(**wanted, data_root=self._data_root, home=self._home, notify=log.warning)
-                self._datasets[key] = found.to(self._device.name)
-            except DataError as error:
-                raise MachineUnfit(str(error)) from error
-            except Exception as error:
-                if out_of_memory(error):
-                    raise MachineUnfit(
-                        f"no memory on {self._device.name} for the data set: {first_line(error)}"
-                    ) from None
-                raise
-            while len(self._datasets) > KEPT_DATASETS:
+            while len(self._datasets) >= KEPT_DATASETS:
                 self._datasets.popitem(last=False)
+            found: Dataset | None = None
+            try:
+                found = self._load(wanted)
+            except Exception as error:
+                if not self._datasets or not out_of_memory(error):
+                    raise
+            if found is None:  # beyond the handler, whose exception holds what was loaded so far
+                self._datasets.clear()
+                found = self._load(wanted)
+            self._datasets[key] = found
         self._datasets.move_to_end(key)
         return self._datasets[key]
+
+    def _load(self, wanted: dict[str, Any]) -> Dataset:
+        try:
+            found = load(**wanted, data_root=self._data_root, home=self._home, notify=log.warning)
+        except DataError as error:
+            root = self._data_root
+            if wanted["source"] == "folder" and root is not None and (root / wanted["folder"]).is_dir():
+                raise  # its images are at fault, and would be on any machine
+            raise MachineUnfit(str(error)) from error
+        return found.to(self._device.name)
 
     def _resume(self, lease: Lease, name: str, place: Place, store: _Kept) -> None:
         """Bring the earlier attempt's checkpoints here; what is missing or damaged is left out, and that is said."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import resource
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,12 @@ from hpo.protocol import EpochReport, Lease, TaskAnswers, Verdict
 from model.checkpoint import Checkpoints
 from model.drawings import DataError, Dataset
 from model.memory import out_of_memory
+from model.net import SiameseNet
 from model.strokes import SMALL, generate
 from tests.unit.worker_server import a_lease
 from workers.artifacts import Artifacts, Place
 from workers.device import cpu
-from workers.siamese import Ended, MachineUnfit, Siamese
+from workers.siamese import KEPT_DATASETS, Ended, MachineUnfit, Siamese
 
 NET = {
     "input": 28,
@@ -178,6 +181,35 @@ def test_memory_that_runs_out_is_infeasible_with_the_reason(siamese: Siamese, tm
     assert "out of memory on cpu" in ended.reason
 
 
+@pytest.mark.parametrize("eta", [1e30, 0.01])
+def test_nothing_of_a_trial_stays_in_memory(
+    siamese: Siamese, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eta: float
+) -> None:
+    """However it ended, also where memory ran out in mid-training, and without waiting for the garbage collector."""
+    nets: list[weakref.ref[SiameseNet]] = []
+
+    def make(*given: Any) -> SiameseNet:
+        net = SiameseNet(*given)
+        nets.append(weakref.ref(net))
+        return net
+
+    def exhausted(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("model.train.SiameseNet", make)
+    if eta < 1:
+        monkeypatch.setattr("model.evaluate.answer", exhausted)
+    given = lease(pairs_per_epoch=1600).model_copy(update={"params": {"eta": eta, "mu": 0.9, "lambda": 0.0}})
+    gc.disable()
+    try:
+        ended = train(siamese, tmp_path, Heard(), given)
+    finally:
+        gc.enable()
+    assert ended.outcome == "infeasible"
+    assert nets
+    assert [net() for net in nets] == [None] * len(nets)
+
+
 def test_an_exception_comes_back_with_its_traceback(siamese: Siamese, tmp_path: Path) -> None:
     impossible = lease().model_copy(update={"params": {"eta": "much"}})
     ended = train(siamese, tmp_path, Heard(), impossible)
@@ -199,6 +231,18 @@ def test_a_study_that_asks_more_than_whole_data_can_give_fails_its_trial_and_spa
     ended = train(siamese, tmp_path, Heard(), lease(way=46))
     assert ended.outcome == "failed"
     assert "no alphabet has 46 characters" in ended.reason
+
+
+def test_a_folder_that_cannot_be_trained_on_fails_its_trial_and_spares_the_worker(tmp_path: Path) -> None:
+    """Where it is not at all, this machine lacks it, and another may have it."""
+    worker = Siamese(cpu(), data_root=tmp_path / "data", home=tmp_path)
+    (tmp_path / "data/letters/greek/alpha").mkdir(parents=True)
+    (tmp_path / "data/letters/greek/alpha/1.png").write_bytes(b"no image")
+    ended = train(worker, tmp_path, Heard(), lease(data="folder", folder="letters"))
+    assert ended.outcome == "failed"
+    assert "alpha has 1 drawing" in ended.reason
+    with pytest.raises(MachineUnfit, match="numbers is not a folder"):
+        train(worker, tmp_path / "b", Heard(), lease(data="folder", folder="numbers"))
 
 
 @pytest.mark.parametrize("first", ["strokes", "omniglot"])
@@ -260,6 +304,39 @@ def test_a_trial_gets_the_data_its_own_settings_ask_for(siamese: Siamese, tmp_pa
     for channels in (1, 3, 1):
         ended = train(siamese, tmp_path / str(channels), Heard(), lease(channels=channels))
         assert ended.outcome == "complete", ended.reason
+
+
+def test_data_of_earlier_trials_makes_room_for_data_that_needs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never more than `KEPT_DATASETS` at once; alone where memory runs out; infeasible where that does not help."""
+    made = generate(28, shape=SMALL)
+    held: list[weakref.ref[Dataset]] = []
+    room = [KEPT_DATASETS]
+
+    def load(*_: Any, **__: Any) -> Dataset:
+        there = [kept for kept in held if kept() is not None]
+        most.append(len(there) + 1)
+        if len(there) >= room[0]:
+            raise MemoryError("no room for the images")
+        found = replace(made)
+        held.append(weakref.ref(found))
+        return found
+
+    most: list[int] = []
+    monkeypatch.setattr("workers.siamese.load", load)
+    monkeypatch.setattr(Dataset, "to", lambda self, device: self)
+    worker = Siamese(cpu(), data_root=None, home=tmp_path)
+    for ink, outcome in (("dark", "complete"), ("light", "complete")):
+        assert train(worker, tmp_path / ink, Heard(), lease(ink=ink)).outcome == outcome
+    assert train(worker, tmp_path / "mnist", Heard(), lease(data="mnist")).outcome == "complete"
+    assert max(most) == KEPT_DATASETS, "the eldest goes before the next is loaded"
+    room[0] = 1
+    assert train(worker, tmp_path / "alone", Heard(), lease()).outcome == "complete"
+    room[0] = 0
+    ended = train(worker, tmp_path / "none", Heard(), lease(data="omniglot"))
+    assert (ended.outcome, ended.value) == ("infeasible", 1 / 5)
+    assert "out of memory on cpu: no room for the images" in ended.reason
 
 
 def test_every_way_in_which_memory_runs_out_is_known() -> None:
