@@ -30,7 +30,8 @@ from hpo.protocol import (
 )
 from hpo.tokens import Principal
 
-# Renew a lease, if it is live and this is its token and its bearer; its worker has been heard of as well.
+# Renew a lease, if it is live and this is its token and its bearer; its worker has been heard of as well, and lives:
+# the leave of an earlier process of its name may have come after its own introduction.
 RENEW = sa.text("""
     WITH renewed AS (
         UPDATE whetstone.attempts
@@ -40,7 +41,8 @@ RENEW = sa.text("""
         WHERE attempt_id = :lease AND token = :token AND bearer = :bearer AND state = 'leased'
         RETURNING attempt_id, study_id, trial_id, trial_number, worker_id, stop_requested
     ), seen AS (
-        UPDATE whetstone.workers w SET last_seen = clock_timestamp() FROM renewed r WHERE w.worker_id = r.worker_id
+        UPDATE whetstone.workers w SET last_seen = clock_timestamp(), stopped = false
+        FROM renewed r WHERE w.worker_id = r.worker_id
     )
     SELECT * FROM renewed
 """)

@@ -93,6 +93,18 @@ def test_a_worker_that_takes_its_leave_is_stopped_and_its_device_free_at_once(en
     assert {worker.worker: worker.state for worker in desk.list_workers()}["w1"] == "idle"
 
 
+def test_a_report_takes_back_the_leave_of_an_earlier_process_of_its_name(engine: sa.Engine) -> None:
+    """A worker with a fixed name is restarted: the new one is at work when the old one's leave arrives."""
+    desk = coordinator(engine)
+    desk.create_study(study())
+    hello(desk, "w1", devices=["GPU-a"])
+    lease = must_claim(desk, "w1")
+    desk.leave_worker("w1", ALICE)
+    report(desk, lease)
+    assert {worker.worker: worker.state for worker in desk.list_workers()}["w1"] == "busy"
+    assert hello(desk, "w2", devices=["GPU-a"]) is None
+
+
 def test_reports_keep_a_workers_device(engine: sa.Engine) -> None:
     desk = coordinator(engine, term_s=0.5)
     desk.create_study(study())
