@@ -43,15 +43,27 @@ def evaluate(
     faults = []
     if data not in SOURCES:
         faults.append(Fault("--data", f"must be one of {', '.join(SOURCES)}"))
-    if test and (shot, across) != (1, False):
+    asked = {
+        "--tasks": tasks != scoring.TASKS,
+        "--way": way != scoring.WAY,
+        "--shot": shot != 1,
+        "--across": across,
+        "--seed": seed != scoring.FRESH_SEED,
+        "--data": data != "auto",
+    }
+    if test and any(asked.values()):
+        named = " and ".join(option for option, changed in asked.items() if changed)
         faults.append(
-            Fault("--test", "are 400 given trials of one shot within an alphabet: leave --shot and --across out")
+            Fault("--test", f"are 400 given trials of 20 ways and one shot within an alphabet: leave {named} out")
         )
     if faults:
         raise Invalid(faults, "the command")
     chosen = settings.load()
     device = usable(device)
     net, config, metrics, trained_on = evaluation.load(checkpoint, device)
+    if data == "folder" and config.folder is None:
+        what = f"folder is for networks that were trained on one; this one was trained on {trained_on or config.data}"
+        raise Invalid([Fault("--data", what)], "the command")
     if test:
         drawings, episodes = episode.lake_runs(chosen.data_root, config.net.input)
         name, seen = LAKE, drawings.coloured() if config.net.channels == 3 else drawings
