@@ -18,6 +18,7 @@ from PIL import Image
 from cli import plot, presets, reproduction_report, reproduction_run, uses
 from cli.main import run
 from cli.reproduction_recipe import FULL_NET, recipe
+from cli.reproduction_report import notes
 from cli.reproduction_ways import within
 from model import published
 from model.drawings import Dataset
@@ -229,6 +230,8 @@ def test_the_work_falls_as_the_scale_and_all_that_shrinks_is_told(preset: str, s
         assert any(words[key] in line for line in small.shrunk), key
     assert ("net" in changed) == (scale < FULL_NET)
     assert f"scale {scale:g}" in small.told
+    eta = small.config.layers[0].eta
+    assert any(f"eta {eta:g}" in line for line in notes(small, "omniglot"))  # ours, and others below FULL_NET
 
 
 def test_a_use_that_fails_half_way_leaves_its_line_and_one_that_cannot_be_recorded_looks_at_nothing(
@@ -256,8 +259,18 @@ def test_evaluate_takes_shots_and_characters_of_all_alphabets(tiny: Path, capsys
     assert len(lines(Path(checkpoint))) == 1
     assert run(["evaluate", checkpoint, "--shot", "4", "--way", "5"]) == 1
     assert "at least 5 people" in capsys.readouterr().err
-    assert run(["evaluate", checkpoint, "--test", "--shot", "2"]) == 2
-    assert "--shot" in capsys.readouterr().err
+    assert run(["evaluate", checkpoint, "--data", "folder"]) == 2
+    assert "this one was trained on strokes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option", [["--shot", "2"], ["--across"], ["--way", "5"], ["--tasks", "10"], ["--seed", "1"], ["--data", "mnist"]]
+)
+def test_lakes_trials_are_what_they_are_whatever_is_asked(
+    option: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["evaluate", str(tmp_path), "--test", *option]) == 2
+    assert f"leave {option[0]} out" in capsys.readouterr().err
 
 
 def test_evaluate_records_its_use_of_lakes_trials(
