@@ -1,7 +1,7 @@
 """`whetstone reproduce`: the experiments of the paper, trained and tabled beside its figures.
 
-Each command trains what it needs (or takes a checkpoint), scores it, and leaves a table, its JSON and a plot. These
-commands and `evaluate --test` are all that touches test data, and each use is recorded with the checkpoint.
+Each command trains what it needs (or takes a checkpoint), scores it, and leaves a table, its JSON and a plot. Of all
+`whetstone` commands these and `evaluate --test` alone touch test data, and each use is recorded with the checkpoint.
 """
 
 from __future__ import annotations

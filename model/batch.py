@@ -1,8 +1,8 @@
 """A training batch: which drawings to embed, and what to compare with what.
 
 Promise: a batch speaks in positions into its own images, so that every image is embedded once however many pairs it
-stands in. The weights of its pairs add up to 1. Batches of
-independent pairs or triplets can be worked off in parts; where everything is compared with everything they cannot.
+stands in. The weights of its pairs add up to 1. Batches of independent pairs can be worked off in parts; triplets, and
+batches where everything is compared with everything, come whole.
 """
 
 from __future__ import annotations
