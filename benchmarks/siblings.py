@@ -2,8 +2,8 @@
 
 Trains each preset for so many seconds, scores it on fresh one-shot tasks and by the way its source measured, prints the
 table of docs/results.md and writes it. Promise: a row changes nothing of its preset but what it says; the epoch is
-chosen on validation tasks alone; test images (MNIST's) are looked at once, at the end, and that is recorded beside the
-checkpoint. A row that breaks is named in the table and the others go on.
+chosen on validation tasks alone; test images (MNIST's) are looked at once a run, at its end, and each look is recorded
+beside the checkpoint. A row that breaks is named in the table and the others go on.
 """
 
 from __future__ import annotations
@@ -256,7 +256,7 @@ def _digits(row: Row, net: SiameseNet, config: TrainConfig, data: Dataset, folde
     from model import baseline, mnist
 
     command = "python -m benchmarks.siblings"
-    with uses.recorded(folder, "MNIST's test images", command) as use:
+    with uses.recorded(folder, "mnist_test_images", command) as use:
         images, labels = mnist.test_images(settings.load().data_root, config.net.input)
         embedded = _embedded(net, images)
         if row.protocol == "classify":

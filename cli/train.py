@@ -99,7 +99,8 @@ def train(
     parameters = config.net.parameters
     output.err.print(
         f"Training {parameters:,} parameters on {escape(data.name)} at {data.size} x {data.size} pixels, "
-        f"on {place}. Checkpoints: {escape(str(into))}"
+        f"on {place}. Checkpoints: {escape(str(into))}",
+        soft_wrap=True,
     )
     with _live(config, quiet=json) as progress:
         result = fit(
