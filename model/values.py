@@ -145,6 +145,22 @@ def path_text() -> Kind:
     return kind
 
 
+def name_below() -> Kind:
+    """A plain relative name below some root: no way up, out, or to a drive, whatever the system."""
+    path = path_text()
+
+    def kind(value: Any) -> tuple[Any, str]:
+        name, fault = path(value)
+        if fault:
+            return None, fault
+        parts = name.replace("\\", "/").split("/")
+        if not parts[0] or ".." in parts or ":" in name or not any(part not in ("", ".") for part in parts):
+            return None, "must be a plain relative name, such as my-letters: not absolute, without .. and :"
+        return name, ""
+
+    return kind
+
+
 def _text_number(value: Any) -> str:
     """YAML 1.1 reads 1e-4 as text: say so, for whoever wrote it meant a number."""
     if isinstance(value, str) and len(value) <= 32 and re.fullmatch(r"[+-]?[0-9.]+[eE][+-]?[0-9]+", value):
