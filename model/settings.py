@@ -21,6 +21,7 @@ from model.values import (
     choice,
     integer,
     key_path,
+    name_below,
     number,
     optional,
     path_text,
@@ -83,7 +84,7 @@ SETTINGS: Mapping[str, tuple[Kind, Any]] = {
     "precision": (choice("auto", "fp32", "bf16"), "auto"),
     # on which data, measured how
     "data": (choice("auto", "omniglot", "strokes", "mnist", "folder"), "auto"),
-    "folder": (optional(path_text()), None),
+    "folder": (optional(name_below()), None),
     "ink": (choice("dark", "light"), "dark"),
     "way": (integer(2, 1000), 20),
     "shot": (integer(1, 100), 1),
