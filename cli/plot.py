@@ -119,7 +119,9 @@ def ways(path: Path, title: str, subtitle: str, curves: Sequence[Mapping[str, An
         most = max(point["way"] for curve in some for point in curve["points"])
         guesses = list(range(2, most + 1))
         axes.plot(guesses, [100 / way for way in guesses], color=MUTED, lw=1)
-        if across:
+        if not across:
+            _others(axes)
+        else:
             ends.append((100 / most, "chance", MUTED))
             _name_ends(axes, most + 1, ends)
         axes.set_title("across all alphabets" if across else "within one alphabet", loc="left", fontsize=10.5)
@@ -135,6 +137,22 @@ def ways(path: Path, title: str, subtitle: str, curves: Sequence[Mapping[str, An
     told = "with so many characters"
     strip.text(0.985, 0.93, told, transform=strip.transAxes, ha="right", va="top", fontsize=8.5, color=MUTED)
     _save(figure, path, right=0.86, wspace=0.1, hspace=0.08)
+
+
+def _others(axes: Axes) -> None:
+    """What others reach at 20 ways on Lake's trials, which are of the test alphabets."""
+    from model.published import BPL_2013, BPL_2015, HUMANS, PAPER
+
+    marks = (BPL_2015, HUMANS, BPL_2013, PAPER)
+    heights = [100 * mark.accuracy for mark in marks]
+    axes.plot([20] * len(marks), heights, color=MUTED, lw=0.8, marker="_", ms=9, zorder=4)
+    words = ", ".join(f"{mark.who.split(',')[0]} {height:.1f}" for mark, height in zip(marks, heights, strict=True))
+    for line, text in enumerate(
+        ("on Lake's trials: " + words.split(", BPL (2013)")[0], "BPL (2013)" + words.split("BPL (2013)")[1])
+    ):
+        axes.annotate(
+            text, (20, 94.4), (8, 4 - 11 * line), textcoords="offset points", fontsize=8, color=MUTED, va="center"
+        )
 
 
 def _figure(

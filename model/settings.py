@@ -188,6 +188,8 @@ def _contradictions(values: Mapping[str, Any]) -> list[Fault]:
         refuse("loss", "softmax compares within a batch of characters: set batches to pxk")
     if values["mining"] != "none" and loss != "triplet":
         refuse("mining", "goes with loss triplet only")
+    if values["elastic"] and not values["distort"]:
+        refuse("elastic", "is a distortion: it does nothing with distort false")
     if loss == "classes" and values["classes"] is None:
         refuse("classes", "is missing: loss classes needs the number of training characters (MNIST 10, Omniglot 964)")
     if (count := values["fixed_pairs"]) is not None:
