@@ -28,6 +28,7 @@ from model.checkpoint import Best, CheckpointError, Checkpoints, State
 from model.dataset import load
 from model.drawings import DataError, Dataset
 from model.memory import out_of_memory
+from model.settings import HYPERPARAMETERS
 from model.spec import TrainConfig, config
 from model.train import Signal, fit
 from workers.artifacts import Place, UnsafeName
@@ -128,7 +129,13 @@ class Siamese:
             finite = {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
             return _SIGNALS[report(EpochReport(epoch=epoch, value=finite.get("accuracy"), metrics=finite))]
 
-        result = fit(recipe, data, on_epoch, device=self._device.name, store=store, interrupt=interrupt)
+        try:
+            result = fit(recipe, data, on_epoch, device=self._device.name, store=store, interrupt=interrupt)
+        except DataError as error:
+            if set(lease.params) <= set(HYPERPARAMETERS):
+                raise
+            # The point sweeps more than rates, the characters of a batch say: another one may get by with the data.
+            return Ended("infeasible", 1.0 / recipe.way, reason=str(error))
         value = result.value
         if result.outcome == "infeasible":
             value = 1.0 / recipe.way

@@ -233,6 +233,22 @@ def test_a_study_that_asks_more_than_whole_data_can_give_fails_its_trial_and_spa
     assert "no alphabet has 46 characters" in ended.reason
 
 
+def test_a_point_that_asks_more_of_a_batch_than_the_data_has_is_infeasible(siamese: Siamese, tmp_path: Path) -> None:
+    """The sampler learns to stay away from it; the same number in the settings is the study's own fault."""
+    asked: dict[str, Any] = {"batches": "pxk", "characters": 500, "drawings": 2, "alphabets": 1, "pairs_per_epoch": 500}
+    fixed = lease(**asked)
+    swept = fixed.model_copy(
+        update={
+            "params": {**fixed.params, "characters": 500},
+            "settings": {name: value for name, value in fixed.settings.items() if name != "characters"},
+        }
+    )
+    ended = train(siamese, tmp_path, Heard(), swept)
+    assert (ended.outcome, ended.value) == ("infeasible", 1 / 5)
+    assert "batches of 500 characters" in ended.reason
+    assert train(siamese, tmp_path / "b", Heard(), fixed).outcome == "failed"
+
+
 def test_a_folder_that_cannot_be_trained_on_fails_its_trial_and_spares_the_worker(tmp_path: Path) -> None:
     """Where it is not at all, this machine lacks it, and another may have it."""
     worker = Siamese(cpu(), data_root=tmp_path / "data", home=tmp_path)
