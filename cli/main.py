@@ -98,6 +98,9 @@ def _message(error: Exception) -> str:
     """What an error says to people; the system's own name the file."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}"
+    faults = getattr(error, "faults", ())
+    if len(faults) > 1 and str(error) == "; ".join(map(str, faults)):  # each gets a line of its own below
+        return f"{len(faults)} faults:"
     return str(error)
 
 

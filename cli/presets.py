@@ -43,10 +43,11 @@ def recipe(name: str, document: Mapping[str, Any], given: Mapping[str, Any]) -> 
     searched = [parameter["name"] for parameter in document["space"]]
     open_ones = [parameter for parameter in searched if parameter not in params and parameter not in given]
     if open_ones:
-        values = " ".join(f"--set {parameter}=VALUE" for parameter in open_ones)
+        start = {"eta": "0.1", "mu": "0.9", "lambda": "0"}  # from which the networks that come along learn
+        values = " ".join(f"--set {parameter}={start.get(parameter, 'VALUE')}" for parameter in open_ones)
         what = f"is a search without a point to train, which leaves {', '.join(open_ones)} open: run it as a study"
         raise Invalid(
-            [Fault(name, f"{what} (`whetstone study launch --preset {name}`), or choose a point: {values}")],
+            [Fault(name, f"{what} (`whetstone study launch --preset {name}`), or choose a point, as {values}")],
             "the preset",
         )
     return lay(params, document.get("settings", {}), given)

@@ -43,8 +43,9 @@ def train(
         str,
         typer.Argument(
             metavar="RECIPE",
-            help="A preset, whose first point is trained, or a YAML file with params (eta, mu, lambda, by layer or one "
-            f"number), settings and seed. Presets: {', '.join(presets.names())}.",
+            help="A preset, whose first point is trained (a search without one asks for it), or a YAML file with "
+            "params (eta, mu, lambda, by layer or one number), settings and seed. "
+            f"Presets: {', '.join(presets.names())}.",
         ),
     ],
     into: Annotated[
@@ -215,10 +216,12 @@ def keep_others_work(store: Checkpoints, config: TrainConfig, data: str) -> None
     from model.checkpoint import CheckpointError
     from model.train import essence
 
-    state, _ = store.load_last()
-    if state is None:
-        return
+    state, fault = store.load_last()
     remedy = "choose another folder with -o, or remove this one"
+    if state is None:
+        if fault:
+            raise CheckpointError(f"{fault.removeprefix('starting over, for ')}; {remedy}")
+        return
     if state.data not in ("", data):
         where = "set WHETSTONE_DATA to a folder that holds omniglot-py/, " if state.data == "omniglot" else ""
         raise CheckpointError(

@@ -43,8 +43,8 @@ class CharacterBatches:
         usable = (sizes >= share).nonzero().flatten()
         if len(usable) < alphabets:
             raise DataError(
-                f"batches of {share} characters from each of {alphabets} alphabets (settings characters, alphabets): "
-                f"only {len(usable)} of the {len(drawings.alphabets)} alphabets have so many"
+                f"batches of {share} characters from each of {alphabets} alphabets: of {len(drawings.alphabets)} to "
+                f"train on, {len(usable)} have so many; set characters and alphabets (1, say) to what there is"
             )
         self.characters, self.per_character, self.alphabets = characters, per_character, alphabets
         self.drawers, self.device = drawings.drawers, drawings.device

@@ -131,6 +131,6 @@ def test_a_batch_in_which_everything_is_compared_comes_whole() -> None:
 def test_what_cannot_give_such_batches_is_refused_with_the_settings_to_change() -> None:
     with pytest.raises(DataError, match=r"setting drawings\): there are 2"):
         source(make(8, 8, drawers=2))
-    with pytest.raises(DataError, match=r"settings characters, alphabets\): only 1 of the 3 alphabets have so many"):
+    with pytest.raises(DataError, match=r"of 3 to train on, 1 have so many; set characters and alphabets"):
         source(make(4, 3, 3))
     source(make(4, 4, 3, drawers=3)).draw(torch.Generator().manual_seed(0))
