@@ -80,6 +80,7 @@ def test_who_may_do_what_is_as_designed() -> None:
     assert by_role["worker"] == {
         "POST /claims", "POST /workers", "POST /studies/{study}/ask",
         "POST /leases/{lease}/report", "POST /leases/{lease}/tell", "POST /leases/{lease}/release",
+        "POST /workers/{worker}/leave",
     }  # fmt: skip
     assert by_role["admin"] == {
         "POST /studies", "PATCH /studies/{study}", "DELETE /studies/{study}", "POST /studies/{study}/trials",
