@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from cli import output, settings, uses
-from cli.train import OUTCOME_CODE, keep_others_work, usable
+from cli.train import OUTCOME_CODE, interruptible, keep_others_work, usable
 
 if TYPE_CHECKING:
     from model.drawings import Dataset
@@ -136,23 +135,6 @@ def bench(folder: Path, device: str, threads: int | None) -> Iterator[Bench]:
     folder.mkdir(parents=True, exist_ok=True)
     with interruptible() as interrupt:
         yield Bench(folder, place, interrupt)
-
-
-@contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Turn the first Ctrl-C or SIGTERM into a flag; the second ends the process at once."""
-    told: list[int] = []
-
-    def stop(number: int, _: object) -> None:
-        told.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    earlier = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(told)
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
 
 
 def _read(path: Path) -> dict[str, Any]:

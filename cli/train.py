@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -81,14 +81,6 @@ def train(
     chosen = settings.load()
     data = dataset.load(**config.wanted, data_root=chosen.data_root, home=chosen.home_dir, notify=output.say)
     keep_others_work(Checkpoints(into), config, data.name)
-    stopping: list[int] = []
-
-    def stop(number: int, _: object) -> None:
-        stopping.append(number)
-        signal.signal(number, signal.SIG_DFL)  # the second one ends us at once
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
 
     def report(epoch: int, metrics: dict[str, float]) -> None:
         output.err.print(
@@ -103,14 +95,14 @@ def train(
         f"on {place}. Checkpoints: {escape(str(into))}",
         soft_wrap=True,
     )
-    with _live(config, quiet=json) as progress:
+    with interruptible() as interrupt, _live(config, quiet=json) as progress:
         result = fit(
             config,
             data,
             report,
             device=place,
             store=Checkpoints(into),
-            interrupt=lambda: bool(stopping),
+            interrupt=interrupt,
             progress=progress,
         )
     summary: dict[str, Any] = {
@@ -209,6 +201,23 @@ class _Line:
         else:
             pace = f", {rate:,.0f} pairs/s" if step > first else ""
             self._line.update(f"epoch {epoch}, step {step:,} of {total:,}{pace}")
+
+
+@contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Turn the first Ctrl-C or SIGTERM into a flag; the second ends the process at once."""
+    told: list[int] = []
+
+    def stop(number: int, _: object) -> None:
+        told.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    earlier = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(told)
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
 
 
 def keep_others_work(store: Checkpoints, config: TrainConfig, data: str) -> None:

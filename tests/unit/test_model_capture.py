@@ -184,7 +184,7 @@ def test_what_cannot_be_recorded_is_known_before() -> None:
     cuda = torch.device("cuda")
     assert obstacle(recipe({}), cuda) == ""
     assert "dropout" in obstacle(recipe({"dropout": 0.5, "fc": [8, 8]}), cuda)
-    full = config(POINT, {"net": "paper", "batch_pairs": 65_536}, 0)
+    full = config(POINT, {"net": "paper", "batch_pairs": 65_536, "pairs_per_epoch": 65_536}, 0)
     assert "pieces" in obstacle(full, cuda)
 
 

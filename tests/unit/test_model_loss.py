@@ -191,8 +191,11 @@ LOSSES: dict[str, tuple[dict[str, Any], Batch]] = {
     "semi-hard l2": ({"loss": "triplet", "mining": "semi-hard", "normalise": False}, triplets()),
     "semi-hard cosine": ({"loss": "triplet", "mining": "semi-hard", "distance": "cosine"}, crossed()),
     "softmax": ({"loss": "softmax", "batches": "pxk", "characters": 4, "drawings": 2}, crossed()),
-    "softmax l2": ({"loss": "softmax", "distance": "l2", "batches": "pxk"}, crossed()),
-    "softmax cosine": ({"loss": "softmax", "distance": "cosine", "batches": "pxk"}, crossed()),
+    "softmax l2": ({"loss": "softmax", "distance": "l2", "batches": "pxk", "characters": 4, "drawings": 2}, crossed()),
+    "softmax cosine": (
+        {"loss": "softmax", "distance": "cosine", "batches": "pxk", "characters": 4, "drawings": 2},
+        crossed(),
+    ),
     "classes": ({"loss": "classes", "classes": 3}, pairs()),
 }
 

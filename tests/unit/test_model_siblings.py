@@ -342,8 +342,8 @@ def test_validation_with_more_shots_asks_other_tasks_and_needs_the_people(tmp_pa
     ("settings", "words"),
     [
         ({**PXK, "drawings": 5}, "setting drawings"),
-        ({**PXK, "characters": 16}, "settings characters, alphabets"),
-        ({**PXK, "alphabets": 6, "characters": 12}, "settings characters, alphabets"),
+        ({**PXK, "characters": 16}, "set characters and alphabets"),
+        ({**PXK, "alphabets": 6, "characters": 12}, "set characters and alphabets"),
     ],
 )
 def test_batches_that_the_drawings_cannot_give_are_refused(settings: dict[str, Any], words: str) -> None:
