@@ -25,6 +25,9 @@ def evaluate(
     tasks: Annotated[int, typer.Option(min=1, max=1_000_000, help="How many one-shot tasks.")] = scoring.TASKS,
     way: Annotated[int, typer.Option(min=2, max=1000, help="Characters to choose among.")] = scoring.WAY,
     shot: Annotated[int, typer.Option(min=1, max=1000, help="Drawings of each, by as many people.")] = 1,
+    views: Annotated[
+        int, typer.Option(min=0, max=1000, help="Distorted copies beside each image, whose embeddings are averaged.")
+    ] = 0,
     across: Annotated[bool, typer.Option("--across", help="Characters of all alphabets, not of one.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the tasks.")] = scoring.FRESH_SEED,
     data: Annotated[
@@ -76,17 +79,18 @@ def evaluate(
     used: dict[str, Any] = {}
     if test:
         with uses.recorded(checkpoint, "lake_runs", "whetstone evaluate --test") as use:
-            score = evaluation.one_shot(net, seen.to(device), episodes)
+            score = evaluation.one_shot(net, seen.to(device), episodes, views=views)
             use.score(score.accuracy, score.tasks)
         used["test_uses"] = use.count
     else:
-        score = evaluation.one_shot(net, seen.to(device), episodes)
+        score = evaluation.one_shot(net, seen.to(device), episodes, views=views)
     nearest = scoring.row(baseline.nearest_neighbour(drawings, episodes), len(episodes))
     result: dict[str, Any] = {
         "checkpoint": str(checkpoint),
         "tasks_from": name,
         "way": episodes.way,
         "shot": episodes.shot,
+        "views": views,
         "across_alphabets": across,
         "tasks": score.tasks,
         "correct": score.correct,

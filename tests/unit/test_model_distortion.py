@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.distortion import clean, distort, draw_matrices, warp
+from model.distortion import clean, distort, draw_bends, draw_matrices, warp
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -124,3 +124,22 @@ def test_a_matrix_means_what_it_means_to_affine_grid(side: int) -> None:
     torch.testing.assert_close(
         warp(images, matrices), F.grid_sample(clean(images), grid, align_corners=False), rtol=0, atol=1e-4
     )
+
+
+def test_an_elastic_distortion_bends_by_the_bicubic_surface_through_its_points() -> None:
+    images = torch.randint(0, 256, (3, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    matrices = draw_matrices(3, torch.Generator().manual_seed(1))
+    bends = draw_bends(3, torch.Generator().manual_seed(2), 0.1)
+    field = F.interpolate(bends, size=(20, 20), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
+    grid = F.affine_grid(matrices, [3, 1, 20, 20], align_corners=False) + field
+    expected = F.grid_sample(clean(images), grid, padding_mode="zeros", align_corners=False)
+    torch.testing.assert_close(warp(images, matrices, bends), expected, atol=1e-4, rtol=0)
+    still = torch.zeros_like(bends)
+    assert torch.equal(warp(images, matrices, still), warp(images, matrices))
+
+
+def test_strength_widens_the_ranges_so_many_times() -> None:
+    plain, wide = (draw_matrices(500, torch.Generator().manual_seed(3), by)[:, :, 2] for by in (1.0, 2.0))
+    assert wide.abs().max() > 1.5 * plain.abs().max()
+    turned = draw_matrices(20_000, torch.Generator().manual_seed(4), 2.5)[:, :, :2]
+    assert torch.linalg.det(turned).min() > 0

@@ -7,7 +7,7 @@ import torch
 
 from model import evaluate
 from model.baseline import interval
-from model.distortion import clean
+from model.distortion import clean, distort
 from model.episode import Episodes, draw
 from model.evaluate import Interrupted, Score, answer, answer_each, one_shot, strictly_best
 from model.geometry import Conv, NetConfig
@@ -156,3 +156,23 @@ def test_a_score_carries_wilson_s_interval() -> None:
     score = Score.of(torch.tensor([True] * 58 + [False] * 42))
     assert (score.correct, score.tasks, score.accuracy) == (58, 100, 0.58)
     assert score.interval == pytest.approx((0.482, 0.672), abs=1e-3)
+
+
+def test_an_embedding_of_several_views_is_the_mean_over_them_and_the_same_each_time() -> None:
+    net, shown = network(), torch.arange(5)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        images = SHOWN.flat[shown]
+        seen = [net.embed(clean(images)), *(net.embed(distort(images, generator)) for _ in range(3))]
+    views = evaluate.embed(net, SHOWN, shown, views=3)
+    torch.testing.assert_close(views, torch.stack(seen).mean(0))
+    assert torch.equal(views, evaluate.embed(net, SHOWN, shown, views=3))
+    assert not torch.allclose(views, evaluate.embed(net, SHOWN, shown))
+
+
+def test_several_views_stay_on_the_unit_sphere_where_embeddings_lie_on_it() -> None:
+    config = NetConfig(SIDE, CONFIG.conv, (8,), head="none", distance="l2", activation="none", normalise=True)
+    net = SiameseNet(config)
+    initialise(net, "he", torch.Generator().manual_seed(0))
+    lengths = evaluate.embed(net.on("cpu"), SHOWN, torch.arange(5), views=2).norm(dim=1)
+    torch.testing.assert_close(lengths, torch.ones(5))
