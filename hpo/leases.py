@@ -52,9 +52,9 @@ HEAD = sa.text("""
 
 NEXT_NUMBER = sa.text("SELECT coalesce(max(number) + 1, 0) FROM public.trials WHERE study_id = :study")
 
-# What the earlier attempts of a trial come to: how many, and the newest that left a checkpoint.
+# What the earlier attempts of a trial come to: how many, the newest that left a checkpoint, the last epoch reported.
 EARLIER = sa.text("""
-    SELECT coalesce(max(attempt), 0) AS attempts,
+    SELECT coalesce(max(attempt), 0) AS attempts, max(last_epoch) AS last_epoch,
            max(attempt) FILTER (WHERE checkpoint_epoch IS NOT NULL) AS saved
     FROM whetstone.attempts WHERE trial_id = :trial_id
 """)
@@ -357,4 +357,5 @@ def _write(
         stall_s=desk.stall_s,
         artifacts=trials.artifacts(study, number, attempt),
         resume=None if earlier.saved is None else trials.artifacts(study, number, earlier.saved),
+        last_epoch=earlier.last_epoch,
     )

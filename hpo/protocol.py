@@ -109,6 +109,8 @@ class Lease(Answer):
     """Folder for this attempt's checkpoints, relative to the artifacts root. Made by the server."""
     resume: str | None = None
     """Folder of the earlier attempt that left a checkpoint, or None."""
+    last_epoch: int | None = None
+    """The last epoch that an earlier attempt reported. What a checkpoint holds beyond it was measured and never heard."""
 
 
 class EpochReport(Wire):

@@ -122,12 +122,18 @@ class Siamese:
     ) -> Ended:
         data = self._agreed(lease, place, recipe.wanted)
         store = _Kept(place)
-        if lease.resume is not None:
-            self._resume(lease, lease.resume, place, store)
 
         def on_epoch(epoch: int, metrics: Mapping[str, float]) -> Signal:
             finite = {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
             return _SIGNALS[report(EpochReport(epoch=epoch, value=finite.get("accuracy"), metrics=finite))]
+
+        if lease.resume is not None:
+            self._resume(lease, lease.resume, place, store)
+            # A worker that was killed may have saved epochs whose reports were still on their way.
+            known = -1 if lease.last_epoch is None else lease.last_epoch
+            for epoch, metrics in enumerate(store.measured):
+                if epoch > known:
+                    on_epoch(epoch, metrics)
 
         try:
             result = fit(recipe, data, on_epoch, device=self._device.name, store=store, interrupt=interrupt)
@@ -228,6 +234,8 @@ class _Kept(Checkpoints):
     def __init__(self, place: Place) -> None:
         super().__init__(place.path)
         self._place = place
+        self.measured: tuple[Mapping[str, float], ...] = ()
+        """The metrics of the epochs that an adopted checkpoint holds."""
 
     def save_last(self, state: State) -> None:
         super().save_last(state)
@@ -242,9 +250,11 @@ class _Kept(Checkpoints):
         if (best := self.best_epoch()) is not None:
             self._place.saved("best", best)
         try:
-            self._place.saved("last", self.read_last().epoch)
+            last = self.read_last()
         except CheckpointError:
             return False
+        self._place.saved("last", last.epoch)
+        self.measured = last.history
         return True
 
 

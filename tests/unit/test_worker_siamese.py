@@ -104,7 +104,7 @@ def test_a_lease_becomes_a_value_with_every_epoch_reported_and_kept(siamese: Sia
 def test_the_next_attempt_goes_on_from_the_checkpoint(siamese: Siamese, tmp_path: Path) -> None:
     first, second, whole = Heard(Verdict.STOP, after=2), Heard(), Heard()
     assert train(siamese, tmp_path, first, lease(1)).outcome == "stopped"
-    ended = train(siamese, tmp_path, second, lease(2, resume=1))
+    ended = train(siamese, tmp_path, second, lease(2, resume=1).model_copy(update={"last_epoch": 1}))
     assert ended.outcome == "complete"
     assert [report.epoch for report in first.reports] == [0, 1]
     assert [report.epoch for report in second.reports] == [2]
@@ -112,6 +112,18 @@ def test_the_next_attempt_goes_on_from_the_checkpoint(siamese: Siamese, tmp_path
     unbroken = train(siamese, tmp_path / "other", whole, lease(1))
     assert (ended.value, ended.tasks, ended.answers) == (unbroken.value, unbroken.tasks, unbroken.answers)
     assert second.reports[0].metrics["loss"] == whole.reports[2].metrics["loss"]
+
+
+@pytest.mark.parametrize(("heard_of", "reported"), [(0, [1, 2]), (None, [0, 1, 2])])
+def test_epochs_that_a_checkpoint_holds_and_nobody_heard_of_are_reported_by_the_next_attempt(
+    siamese: Siamese, tmp_path: Path, heard_of: int | None, reported: list[int]
+) -> None:
+    first, second = Heard(Verdict.STOP, after=2), Heard()
+    train(siamese, tmp_path, first, lease(1))
+    train(siamese, tmp_path, second, lease(2, resume=1).model_copy(update={"last_epoch": heard_of}))
+    assert [report.epoch for report in second.reports] == reported
+    unheard = [report for report in second.reports if report.epoch < 2]
+    assert unheard == first.reports[reported[0] :], "what was measured, not measured again"
 
 
 @pytest.mark.parametrize("fault", ["missing", "damaged", "climbing"])
