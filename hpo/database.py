@@ -9,23 +9,29 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
+import select
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import psycopg2  # type: ignore[import-untyped]
 import sqlalchemy as sa
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, InvalidatePoolError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
+from hpo import functions
 from hpo.errors import DatabaseUnavailable, WhetstoneError
 from hpo.tables import SCHEMA
 
 T = TypeVar("T")
+
+RESTED_S = 5.0
+CALLS = 3
 
 _RETRIABLE = {"40001", "40P01"}  # serialization failure, deadlock: PostgreSQL rolled the whole transaction back
 _SHUTTING_DOWN = {"57P01", "57P02", "57P03"}
@@ -59,13 +65,14 @@ def connect(
     """
     engine = sa.create_engine(
         normalise(url),
-        pool_pre_ping=True,
         pool_size=pool_size,
         max_overflow=max_overflow,
         pool_timeout=pool_timeout_s,
         connect_args={"connect_timeout": connect_timeout_s, "application_name": "whetstone"},
     )
     event.listen(engine, "connect", _at_home)
+    event.listen(engine, "checkin", _rests)
+    event.listen(engine, "checkout", _try)
     return engine
 
 
@@ -89,6 +96,31 @@ def _at_home(connection: Any, _record: Any) -> None:
     with connection.cursor() as cursor:
         cursor.execute("SET SESSION search_path TO public")
     connection.autocommit = False
+
+
+def _rests(_connection: Any, record: Any) -> None:
+    record.info["rested_at"] = time.monotonic()
+
+
+def _try(connection: Any, record: Any, _proxy: Any) -> None:
+    """Find out whether a pooled connection still stands, before it is used: SQLAlchemy then makes new ones.
+
+    One that was used a moment ago is only listened to (a server that went away has closed it, and nothing is due on
+    it otherwise), which costs no round trip; one that has rested is asked.
+    """
+    rested_at = record.info.get("rested_at")
+    if rested_at is None or connection is None or connection.closed:
+        return
+    try:
+        if select.select([connection], [], [], 0)[0]:
+            raise InvalidatePoolError("the server has closed the connection")
+        if time.monotonic() - rested_at > RESTED_S:
+            before, connection.autocommit = connection.autocommit, True
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT 1")
+            connection.autocommit = before
+    except psycopg2.Error as error:
+        raise InvalidatePoolError(str(error)) from error
 
 
 class _Open(threading.local):
@@ -147,6 +179,33 @@ def transaction(engine: Engine) -> Iterator[Connection]:
             if _lost(error):
                 raise CommitUnknown(_unavailable(engine, "lost at the commit", error)) from error
             raise
+
+
+def call(engine: Engine, statement: str, values: Mapping[str, Any] | None = None) -> Any:
+    """Run one statement that commits as it ends, and return the first column of its first row (None without a row).
+
+    One round trip and at most one commit: for functions of ours (`hpo.functions`), written so that the same call again
+    changes nothing. For that reason it is repeated where the connection is lost or PostgreSQL gives way to another.
+    `values` are psycopg2's (``%(name)s``). Raises `DatabaseUnavailable`, RuntimeError inside a transaction.
+    """
+    if in_transaction(engine):
+        raise RuntimeError("a call commits by itself: make it outside of the transaction")
+    for attempt in range(1, CALLS + 1):
+        try:
+            with _translated(engine), engine.connect() as connection:
+                connection.execution_options(isolation_level="AUTOCOMMIT")
+                row = connection.exec_driver_sql(statement, dict(values or {})).one_or_none()
+                return None if row is None else row[0]
+        except PoolTimeout as error:
+            raise DatabaseUnavailable(f"{_place(engine)} is busy: every connection is in use") from error
+        except DBAPIError as error:
+            if attempt == CALLS or getattr(error.orig, "pgcode", None) not in _RETRIABLE:
+                raise
+        except DatabaseUnavailable:
+            if attempt == CALLS:
+                raise
+        time.sleep(random.uniform(0.5, 1.0) * min(0.02 * 3**attempt, 1.0))
+    raise AssertionError("unreachable")
 
 
 def in_transaction(engine: Engine) -> bool:
@@ -266,6 +325,7 @@ def check(engine: Engine) -> SchemaState:
     ours, optunas = _our_scripts(), _optuna_scripts()
     with transaction(engine) as connection:
         here = {SCHEMA: _revision(connection, SCHEMA), "public": _revision(connection, "public")}
+        ours_installed = functions.installed(connection)
     states = []
     for schema, scripts in ((SCHEMA, ours), ("public", optunas)):
         revision = here[schema]
@@ -280,7 +340,7 @@ def check(engine: Engine) -> SchemaState:
         return "new"
     if states == ["empty", "empty"]:
         return "empty"
-    return "current" if states == ["current", "current"] else "old"
+    return "current" if states == ["current", "current"] and ours_installed else "old"
 
 
 def _refuse_newer(engine: Engine) -> None:
@@ -345,6 +405,7 @@ def _upgrade_ours(engine: Engine) -> None:
         config = _config()
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
+        functions.install(connection)
 
 
 def _config() -> Any:

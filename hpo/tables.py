@@ -43,6 +43,11 @@ studies = sa.Table(
     sa.Column("notes", sa.Text, nullable=False, server_default=""),
     _moment("created_at", default=True),
     _moment("finished_at", nullable=True),
+    sa.Column("format", sa.Integer, nullable=False, server_default=sa.text("1")),  # of its history
+    sa.Column("trials_used", sa.BigInteger, nullable=False, server_default=sa.text("0")),  # begun and not cancelled
+    sa.Column("seconds_used", sa.Double, nullable=False, server_default=sa.text("0")),  # by attempts that have ended
+    sa.Column("fixed", JSONB, nullable=False, server_default=sa.text("'{}'")),  # flat values for the study's rest
+    sa.Column("picked", JSONB),  # what the sampler "auto" stands for, and why
     sa.CheckConstraint("state IN ('running', 'paused', 'stopped', 'finished')", name="studies_state"),
 )
 
@@ -89,6 +94,8 @@ attempts = sa.Table(
     _moment("renewed_at", default=True),
     _moment("expires_at"),
     _moment("ended_at", nullable=True),
+    sa.Column("request", sa.Text, unique=True),  # what asked for it: the same again gets the same lease
+    sa.Column("memory_bytes", sa.BigInteger),  # of the device that it went to
     sa.UniqueConstraint("trial_id", "attempt"),
     sa.CheckConstraint(
         "state IN ('leased', 'complete', 'infeasible', 'pruned', 'failed', 'released', 'stalled', 'lost', 'cancelled')",

@@ -1,0 +1,45 @@
+"""What PostgreSQL does in one call: the functions of the schema `whetstone`, one file each, made anew by every upgrade.
+
+A function is VOLATILE where it writes: under READ COMMITTED each of its statements then sees what was committed when
+that statement began, so it may take a lock and read what the lock protects, in one round trip and one commit. They are
+called through `database.call`, outside of any transaction. Invariant: the functions of a database are those of the
+code that upgraded it last; `installed` tells whether they are ours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import sqlalchemy as sa
+from sqlalchemy import Connection
+
+_FOLDER = Path(__file__).parent
+
+
+def sources() -> dict[str, str]:
+    """The text of each function's file by its name, in the order in which they are made."""
+    return {path.stem: path.read_text("utf-8") for path in sorted(_FOLDER.glob("*.sql"))}
+
+
+def digest() -> str:
+    """What tells one version of all the functions from another."""
+    return hashlib.sha256("\0".join(f"{name}\0{text}" for name, text in sources().items()).encode()).hexdigest()
+
+
+def install(connection: Connection) -> None:
+    """Make the functions, or replace those of another version, in the caller's transaction."""
+    for text in sources().values():
+        connection.exec_driver_sql(text.replace("%", "%%"))
+    connection.exec_driver_sql(
+        "CREATE OR REPLACE FUNCTION whetstone.functions_digest() RETURNS text LANGUAGE sql IMMUTABLE "
+        f"AS $$ SELECT '{digest()}' $$"
+    )
+
+
+def installed(connection: Connection) -> bool:
+    """Whether the database has the functions of this code."""
+    there = connection.execute(sa.text("SELECT to_regprocedure('whetstone.functions_digest()')")).scalar()
+    if there is None:
+        return False
+    return bool(connection.execute(sa.text("SELECT whetstone.functions_digest()")).scalar() == digest())
