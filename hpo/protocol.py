@@ -110,7 +110,7 @@ class Lease(Answer):
     resume: str | None = None
     """Folder of the earlier attempt that left a checkpoint, or None."""
     last_epoch: int | None = None
-    """The last epoch that an earlier attempt reported. What a checkpoint holds beyond it was measured and never heard."""
+    """The last epoch that an earlier attempt reported: what a checkpoint holds beyond it was never heard of."""
 
 
 class EpochReport(Wire):
