@@ -30,6 +30,7 @@ from hpo.errors import (
     KeyReused,
     LeaseLost,
     NotFound,
+    Told,
     Unauthenticated,
     WhetstoneError,
 )
@@ -69,6 +70,7 @@ STATUS: dict[type[WhetstoneError], int] = {
     NotFound: 404,
     Conflict: 409,
     LeaseLost: 409,
+    Told: 409,
     WrongContentType: 415,
     Invalid: 422,
     KeyReused: 422,

@@ -216,7 +216,7 @@ class Coordinator:
 
     @_counted
     def tell(self, lease: int, request: TellRequest, principal: Principal) -> TellReply:
-        """Store the outcome of a trial, once. Raises `LeaseLost` or `Conflict` where that cannot be."""
+        """Store the outcome of a trial, once. Raises `LeaseLost` or `Told` where that cannot be."""
         return outcomes.tell(self._desk, lease, request, principal)
 
     @_counted

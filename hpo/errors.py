@@ -52,7 +52,13 @@ class Conflict(WhetstoneError):
 class LeaseLost(Conflict):
     """The lease is over: it expired, ended, or never belonged to this bearer. Nothing was changed."""
 
-    code = "lease_lost"
+    code = "lost"
+
+
+class Told(Conflict):
+    """The trial has another outcome already, and that one stands. Nothing was changed."""
+
+    code = "told"
 
 
 class KeyReused(WhetstoneError):

@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 
 from hpo import answers, events, pruners, rows, statements, studies, writing
 from hpo.desk import Desk, Known, lock, log, one_fault, storable
-from hpo.errors import Conflict, DatabaseUnavailable, LeaseLost, NotFound
+from hpo.errors import DatabaseUnavailable, LeaseLost, NotFound, Told
 from hpo.protocol import (
     EpochReport,
     ReleaseRequest,
@@ -152,7 +152,7 @@ def tell(desk: Desk, lease: int, request: TellRequest, principal: Principal) -> 
         NotFound: there is no such lease.
         Invalid: a complete trial without a value, a failed one with one, or answers of a trial that has none.
         LeaseLost: the lease is over, or was never this bearer's. Nothing was changed.
-        Conflict: another outcome was told before. Nothing was changed.
+        Told: another outcome was told before, or another program ended the trial. Nothing was changed.
     """
     if request.outcome == "complete" and request.value is None:
         raise one_fault("value", "is missing: a complete trial has one", "the tell")
@@ -175,7 +175,7 @@ def tell(desk: Desk, lease: int, request: TellRequest, principal: Principal) -> 
         if earlier is not None:
             return earlier
         if trial_state != "RUNNING":
-            raise Conflict("another program has ended this trial through Optuna: its outcome stands")
+            raise Told("another program has ended this trial through Optuna: its outcome stands")
         value = _finish(conn, known, attempt.trial_id, request)
         if request.answers is not None:
             answers.store(conn, attempt.trial_id, request.answers)
@@ -219,7 +219,7 @@ def release(desk: Desk, lease: int, request: ReleaseRequest, principal: Principa
     Raises:
         NotFound: there is no such lease.
         LeaseLost: the lease is over, or was never this bearer's. Nothing was changed.
-        Conflict: the trial was told an outcome before. Nothing was changed.
+        Told: the trial was told an outcome before. Nothing was changed.
     """
     digest = _digest({"release": request.reason})
     with desk.transaction() as conn:
@@ -304,7 +304,7 @@ def _check(attempt: Any, token: int, principal: Principal, digest: str) -> TellR
 
     Raises:
         LeaseLost: the lease is over, or was never this bearer's.
-        Conflict: something else was told before.
+        Told: something else was told before.
     """
     if attempt.bearer != principal.id:
         raise LeaseLost("this lease belongs to another token")
@@ -316,7 +316,7 @@ def _check(attempt: Any, token: int, principal: Principal, digest: str) -> TellR
         return TellReply.model_validate(attempt.told["reply"])
     if attempt.state in _ENDED:
         raise LeaseLost(f"the lease is over: {_ENDED[attempt.state]}")
-    raise Conflict(f"the trial was told {attempt.state} before, with other words: that stands")
+    raise Told(f"the trial was told {attempt.state} before, with other words: that stands")
 
 
 def _end(

@@ -250,6 +250,24 @@ def test_a_lease_speaks_only_to_the_token_that_claimed_it(client: TestClient) ->
     assert client.get(f"studies/{lease['study']}/trials/0").json()["state"] == "leased"
 
 
+def test_a_tell_that_cannot_be_heard_says_why(client: TestClient) -> None:
+    launched(client)
+    lease = claimed(client)
+    tell = {"token": lease["token"], "outcome": "complete", "value": 1.0}
+
+    def refused(number: int, **changes: Any) -> tuple[int, str]:
+        answer = client.post(f"leases/{number}/tell", json=tell | changes)
+        return answer.status_code, answer.json()["error"]["code"]
+
+    assert refused(lease["lease"] + 1) == (404, "not_found")
+    assert refused(lease["lease"], token=lease["token"] + 1) == (409, "lost")
+    assert client.post(f"leases/{lease['lease']}/tell", json=tell).status_code == 200
+    assert refused(lease["lease"], value=2.0) == (409, "told")
+    released = claimed(client)
+    client.post(f"leases/{released['lease']}/release", json={"token": released["token"], "reason": "shutdown"})
+    assert refused(released["lease"], token=released["token"]) == (409, "lost")
+
+
 def test_a_study_is_exported_in_three_formats(client: TestClient) -> None:
     study = launched(client, name="=cmd()".replace("=", "-").replace("()", ""))
     client.post(f"studies/{study}/trials", json={"params": {"x": 1.0, "y": 2.0}, "value": 4.5})

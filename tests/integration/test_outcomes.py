@@ -6,7 +6,7 @@ import pytest
 import sqlalchemy as sa
 from optuna.trial import TrialState
 
-from hpo.errors import Conflict, Invalid, LeaseLost, NotFound
+from hpo.errors import Invalid, LeaseLost, NotFound, Told
 from hpo.protocol import EpochReport, ReportRequest, Verdict
 from tests.integration.leases_harness import (
     ALICE,
@@ -123,7 +123,7 @@ def test_another_tell_changes_nothing(engine: sa.Engine, value: float | None, ou
     lease = must_claim(desk)
     tell(desk, lease, 0.5)
     before = desk.get_trial(made.study, 0)
-    with pytest.raises(Conflict):
+    with pytest.raises(Told):
         tell(desk, lease, value, outcome)
     assert desk.get_trial(made.study, 0) == before
 

@@ -109,7 +109,7 @@ def test_a_report_that_failed_is_sent_again(fault: int | None) -> None:
         ((200, {"verdict": "prune", "reason": "median"}), Verdict.PRUNE),
         ((200, {"verdict": "stop", "reason": "stopped by a person"}), Verdict.STOP),
         ((200, {"verdict": "lost", "reason": "it expired"}), Verdict.LOST),
-        ((409, refusal("lease_lost", "it expired")), Verdict.LOST),
+        ((409, refusal("lost", "it expired")), Verdict.LOST),
         ((404, refusal("not_found", "no such study")), Verdict.LOST),
         ((401, refusal("unauthenticated", "unknown token")), Verdict.LOST),
     ],
@@ -135,7 +135,7 @@ def test_a_verdict_only_becomes_graver() -> None:
 
 
 def test_a_lost_lease_is_not_spoken_for_any_more() -> None:
-    with serving(lambda _: (409, refusal("lease_lost"))) as server, sending(server, heartbeat_s=0.1) as sender:
+    with serving(lambda _: (409, refusal("lost"))) as server, sending(server, heartbeat_s=0.1) as sender:
         sender.report(an_epoch(0))
         until(lambda: sender.verdict is Verdict.LOST)
         count = len(server.seen)

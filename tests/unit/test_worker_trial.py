@@ -150,7 +150,7 @@ def test_an_outcome_is_told_until_it_is_answered_and_always_the_same(tmp_path: P
 
 def test_a_tell_that_comes_too_late_is_dropped_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def answer(seen: Seen) -> Reply:
-        return (409, refusal("lease_lost", "the lease expired")) if seen.what == "tell" else coordinator(seen)
+        return (409, refusal("lost", "the lease expired")) if seen.what == "tell" else coordinator(seen)
 
     with serving(answer) as server, conductor(server, tmp_path, lambda *_: Ended("complete", 0.5)) as conduct:
         assert conduct.conduct(a_lease()) is None
@@ -255,7 +255,7 @@ def test_asked_to_stop_while_no_server_answers_it_ends_in_time_and_leaves_word(
 def test_a_release_that_came_too_late_is_forgotten(tmp_path: Path) -> None:
     unsent = Unsent(tmp_path)
     with (
-        serving(lambda _: (409, refusal("lease_lost", "it expired"))) as server,
+        serving(lambda _: (409, refusal("lost", "it expired"))) as server,
         Client(server.url, "t") as client,
     ):
         assert unsent.keep(client.url, "/api/v1/leases/7/release", {"token": 70, "reason": "shutdown"})
