@@ -1,9 +1,9 @@
 """Real trainings, many and short, kept as data that a search can be tried on: `python -m benchmarks.trainings record`
 
 Each is the `mini` preset's network under its settings, for a few seconds of one core, with eta, mu and lambda tied into
-the convolutions and the head: six dimensions, wider than the preset's, so that some points fail. Promise: point number i
-is the same on every machine (one scrambled Sobol sequence), each row is written whole when its training has ended, and
-a call with the same file goes on where it stopped. `repeat` trains some points again under other seeds: their noise.
+the convolutions and the head: six dimensions, wider than the preset's, so that some points fail. Promise: point i is
+the same on every machine (one scrambled Sobol sequence), each row is written whole when its training has ended, and a
+call with the same file goes on where it stopped. `repeat` trains some points again under other seeds: their noise.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.child import HUGE_PAGES
+from benchmarks.measure import say
 
 RECORDED = Path(__file__).parent / "data" / "trainings.csv"
 """What was recorded for this repository; its head says how."""
@@ -177,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         training = trainer.train(point, params, seed)
         file.add(training)
         value = "" if training.value is None else f" {100 * training.value:.1f}%"
-        print(f"point {point}, seed {seed}: {training.outcome}{value} in {training.seconds:.1f} s", flush=True)
+        say.print(f"point {point}, seed {seed}: {training.outcome}{value} in {training.seconds:.1f} s")
 
 
 if __name__ == "__main__":

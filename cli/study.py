@@ -40,7 +40,7 @@ def launch(
     trials: Annotated[int | None, typer.Option(help="Budget in trials.")] = None,
     hours: Annotated[float | None, typer.Option(help="Budget in hours of training, summed over workers.")] = None,
     target: Annotated[float | None, typer.Option(help="Stop once a trial reaches this value.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="tpe, gp, cmaes, random or qmc.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="auto, tpe, gp, cmaes, random or qmc.")] = None,
     pruner: Annotated[str | None, typer.Option(help="none, median, successive_halving or hyperband.")] = None,
     sets: Annotated[list[str] | None, typer.Option("--set", help="Any other field, as KEY.PATH=VALUE.")] = None,
     url: Url = None,

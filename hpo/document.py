@@ -142,6 +142,10 @@ class QmcOptions(Form):
     scramble: bool = True
 
 
+class AutoOptions(Form):
+    pass
+
+
 class NoneOptions(Form):
     pass
 
@@ -173,6 +177,7 @@ SAMPLERS: dict[str, type[Form]] = {
     "cmaes": CmaesOptions,
     "random": RandomOptions,
     "qmc": QmcOptions,
+    "auto": AutoOptions,
 }
 PRUNERS: dict[str, type[Form]] = {
     "none": NoneOptions,

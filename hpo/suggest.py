@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from optuna.distributions import BaseDistribution
 from optuna.trial import TrialState
 
+from hpo.auto import pick
 from hpo.errors import Conflict
 from hpo.history import Entry, History, Snapshot
 from hpo.protocol import Value, Workload
@@ -110,6 +111,8 @@ def choose(
     given = _given(space, fixed or {})
     if len(given) == len(space.names):
         return _as_given(spec, given, workload)
+    if spec.sampler.name == "auto":
+        spec = replace(spec, sampler=pick(spec, snapshot).choice)
     search = _Search(spec, workload, snapshot.entries, number, given)
     root = spec.seed if seed is None else seed
     session = Session(spec, snapshot, number, root, reduce(space, given))

@@ -36,7 +36,7 @@ SPACE: list[dict[str, Any]] = [
 ]  # fmt: skip
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="the GP sampler needs torch")
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
-ALL = ["tpe", pytest.param("gp", marks=needs_torch), "cmaes", "random", "qmc"]
+ALL = ["tpe", pytest.param("gp", marks=needs_torch), "cmaes", "random", "qmc", pytest.param("auto", marks=needs_torch)]
 
 
 def spec_of(sampler: Any, space: list[dict[str, Any]] = SPACE, **changes: Any) -> StudySpec:
