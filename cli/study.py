@@ -100,6 +100,9 @@ def list_studies(
     ]
     columns = [("#", "right"), "name", "state", ("trials", "right"), ("best", "right"), "sampler", "created (UTC)"]
     output.out.print(output.table(None, columns, rows))
+    for item in items:
+        if item.get("unreadable"):
+            output.say(f"Study {item['study']} cannot be read: {item['unreadable']}.")
 
 
 def _progress(item: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ import sqlalchemy as sa
 
 from hpo import statements
 from hpo.database import transaction
-from hpo.errors import Fault, Invalid, NotFound
+from hpo.errors import Fault, Invalid, NewerFormat, NotFound
 from hpo.history import History
 from hpo.protocol import Workload
 from hpo.spec import StudySpec, cannot_sample, load
@@ -28,8 +28,11 @@ from hpo.storage import PostgresStorage
 
 log = logging.getLogger("whetstone")
 
-SPEC = sa.text("SELECT spec FROM whetstone.studies WHERE study_id = :study")
-EXISTS = sa.text("SELECT 1 FROM whetstone.studies WHERE study_id = :study")
+HISTORY_FORMAT = 1
+"""How trials are written and read here. Raised when an older Whetstone would read or write them wrongly."""
+
+SPEC = sa.text("SELECT spec, format FROM whetstone.studies WHERE study_id = :study")
+FORMAT = sa.text("SELECT format FROM whetstone.studies WHERE study_id = :study")
 
 
 @dataclass
@@ -80,12 +83,15 @@ class Desk:
 
         Raises:
             NotFound: there is no such study of ours.
+            NewerFormat: a newer Whetstone has written its history.
         """
         found = self._known.get(study)
-        stored = conn.execute(SPEC if found is None else EXISTS, {"study": study}).one_or_none()
+        stored = conn.execute(SPEC if found is None else FORMAT, {"study": study}).one_or_none()
         if stored is None:
             self.forget(study)
             raise missing(study)
+        if stored.format > HISTORY_FORMAT:
+            raise NewerFormat(f"study {study} cannot be read here: {too_new(stored.format)}")
         if found is not None:
             return found
         # It could be sampled where it was launched (a GP needs torch); it can be read, told and stopped here.
@@ -109,6 +115,14 @@ class Desk:
         """Drop what is known of a study that was deleted."""
         with self._guard:
             self._known.pop(study, None)
+
+
+def too_new(format: int) -> str:
+    """Say what a history of a newer format asks for."""
+    return (
+        f"its history has format {format}, and this server knows formats up to {HISTORY_FORMAT}; upgrade Whetstone "
+        "on this server to the release that wrote it"
+    )
 
 
 def missing(study: int) -> NotFound:

@@ -61,6 +61,12 @@ class Told(Conflict):
     code = "told"
 
 
+class NewerFormat(Conflict):
+    """The study's history was written by a newer Whetstone. It is neither read nor written here."""
+
+    code = "newer_format"
+
+
 class KeyReused(WhetstoneError):
     """An Idempotency-Key came again with another body."""
 

@@ -17,7 +17,7 @@ from optuna.exceptions import DuplicatedStudyError
 from optuna.study import StudyDirection
 
 from hpo import events, statements, trials, writing
-from hpo.desk import Desk, Known, lock, missing, one_fault, storable
+from hpo.desk import HISTORY_FORMAT, Desk, Known, lock, missing, one_fault, storable, too_new
 from hpo.errors import Conflict
 from hpo.idempotency import Once, answered, guard
 from hpo.spec import UNSET, StudyChange, StudySpec, dump, parse, parse_change
@@ -144,7 +144,9 @@ def listing(
     asked = {"state": state, "name": name, "first": cursor is None, "before": before, "limit": limit + 1}
     with desk.transaction() as conn:
         rows = conn.execute(statements.STUDIES, asked).all()
-        items = _views(conn, [(desk.known(conn, row.study_id), row) for row in rows[:limit]])
+        readable = [row for row in rows[:limit] if row.format <= HISTORY_FORMAT]
+        read = {view.study: view for view in _views(conn, [(desk.known(conn, row.study_id), row) for row in readable])}
+        items = [read.get(row.study_id) or _closed(row) for row in rows[:limit]]
     if len(rows) <= limit:
         return Page[StudyView](items=items)
     # The exact match stands outside of the order, so a page that shows only it goes on from the beginning.
@@ -224,6 +226,7 @@ def delete(desk: Desk, study: int) -> None:
         Conflict: workers hold trials of it and it has not been stopped.
     """
     with desk.transaction() as conn:
+        desk.known(conn, study)
         conn.execute(statements.LOCK_STUDY_TO_DELETE, {"study": study})
         row = reread(conn, study)
         live = conn.execute(LIVE, {"study": study}).scalar_one()
@@ -296,6 +299,31 @@ def _views(conn: sa.Connection, pairs: Sequence[tuple[Known, Any]]) -> list[Stud
     for row in conn.execute(statements.COUNTS, {"studies": study_ids}):
         counts[row.study_id][row.state] = row.trials
     return [_view(conn, known, row, counts[known.study], used[known.study]) for known, row in pairs]
+
+
+def _closed(row: Any) -> StudyView:
+    """A study of a newer format in a list: what its row says, and why no more. Its spec may be of any shape."""
+    budget = {"trials": row.budget_trials, "hours": row.budget_hours, "target": row.budget_target}
+    names = {part: row.spec.get(part) for part in ("sampler", "pruner")}
+    return StudyView(
+        study=row.study_id,
+        name=row.study_name,
+        description=str(row.spec.get("description", "")),
+        state=row.state,
+        reason=row.reason,
+        workload=row.workload,
+        direction="maximize" if row.direction == "MAXIMIZE" else "minimize",
+        **{part: str(value.get("name", "")) if isinstance(value, dict) else "" for part, value in names.items()},
+        counts=dict.fromkeys(TRIAL_STATES, 0),
+        best=None,
+        budget=BudgetView(**budget, trials_used=row.trials_used, hours_used=row.seconds_used / 3600),
+        concurrency=row.concurrency,
+        notes=row.notes,
+        created_at=row.created_at,
+        finished_at=row.finished_at,
+        spec=row.spec,
+        unreadable=too_new(row.format),
+    )
 
 
 def _view(conn: sa.Connection, known: Known, row: Any, counts: dict[Any, int], used: Used) -> StudyView:

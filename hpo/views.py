@@ -159,6 +159,8 @@ class StudyView(Wire):
     created_at: datetime
     finished_at: datetime | None
     spec: dict[str, Any]
+    unreadable: str = ""
+    """Why this server cannot read its trials (they are then not counted here); empty where it can."""
 
 
 class ProgressPoint(Wire):
