@@ -11,7 +11,7 @@ import base64
 import binascii
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from typing import Annotated, Any, Literal, Protocol, Self
+from typing import Annotated, Any, Literal, Protocol, Self, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -52,6 +52,17 @@ class Workload(Protocol):
 
     def feasible(self, point: Mapping[str, Any], settings: Mapping[str, Any]) -> str | None:
         """Say why this point can never be trained (no pixels left, an unknown hyperparameter), or None if it can."""
+
+
+@runtime_checkable
+class Sized(Protocol):
+    """What a workload may say beside: how much memory a point takes. One that ran out then speaks for larger ones."""
+
+    def footprint(self, point: Mapping[str, Any], settings: Mapping[str, Any]) -> float | None:
+        """Return the memory that training this point takes, to be compared with other points' of the study only.
+
+        The unit is the workload's own. None where it cannot be told.
+        """
 
 
 class WorkerHello(Wire):

@@ -9,8 +9,9 @@ a tied group is one dimension.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,27 @@ class Asked:
     study_attributes: dict[str, Any]
 
 
+class Window(View):
+    """A view that picks its trials when they are first looked at: a sampler that looks at none pays for none."""
+
+    def __init__(self, spec: StudySpec, snapshot: Snapshot, pending: FrozenTrial) -> None:
+        super().__init__(snapshot, (), pending)
+        self._of = spec, snapshot, pending
+
+    @cached_property
+    def _shown(self) -> View:
+        spec, snapshot, pending = self._of
+        return View(snapshot, shown(spec, snapshot.entries), pending)
+
+    def get_all_trials(
+        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
+    ) -> list[FrozenTrial]:
+        return self._shown.get_all_trials(study_id, deepcopy, states)
+
+    def get_trial(self, trial_id: int) -> FrozenTrial:
+        return self._shown.get_trial(trial_id)
+
+
 class Session:
     """One sampler asked for one trial; asked again, it gives another point."""
 
@@ -110,7 +132,7 @@ class Session:
             trial_id=-1,
         )
         self._pending = pending
-        self._view = View(snapshot, shown(spec, snapshot.entries), pending)
+        self._view = Window(spec, snapshot, pending)
         self._study = optuna.Study(snapshot.name, self._view, sampler=self._sampler, pruner=optuna.pruners.NopPruner())
         self._sampler.before_trial(self._study, pending)
 

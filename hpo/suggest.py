@@ -1,25 +1,26 @@
 """The next point of a study: from its sampler, checked against its workload and against what was tried before.
 
-`suggest` promises a point that can be trained and that no trial has had yet, while the space still holds one. It is
-computed outside of any transaction; the caller stores it, with the attributes the sampler wants remembered, in the
-transaction that numbers the trial.
+`choose` promises a point that can be trained, on the device that asks, and that no trial has had yet, while the space
+still holds one. It is a function of the study, its trials, the number and what is fixed: the same in any process. The
+caller stores the point, with the attributes the sampler wants remembered, in the transaction that numbers the trial.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from optuna.distributions import BaseDistribution
-from optuna.trial import TrialState
 
 from hpo.auto import pick
+from hpo.board import Board
 from hpo.errors import Conflict
-from hpo.history import Entry, History, Snapshot
+from hpo.history import History, Snapshot
 from hpo.protocol import Value, Workload
+from hpo.room import Room, Sizes
 from hpo.samplers import Asked, Session, derive, reduce
 from hpo.space import Flat, SearchSpace
 from hpo.spec import StudySpec
@@ -31,10 +32,26 @@ ENUMERABLE = 20_000
 """A space with at most so many points is searched through for the last untried one."""
 
 
+class Asking(Protocol):
+    """A sampler that is asked for one trial; asked again, it gives another point."""
+
+    def ask(self) -> Asked: ...
+
+
+Opening = Callable[[StudySpec, Snapshot, int, int, Mapping[str, Any]], Asking]
+"""Begins to ask a study's sampler: for a number, with a seed, around fixed dimensions."""
+
+
 class NothingFeasible(Conflict):
     """No point that can be trained was found in the space (or around the given values)."""
 
     code = "nothing_feasible"
+
+
+class TooSmall(NothingFeasible):
+    """What is left to try needs more memory than the device has that asked; a larger one may get a point."""
+
+    code = "device_too_small"
 
 
 @dataclass(frozen=True)
@@ -98,6 +115,62 @@ def suggest(
     return choose(spec, history.snapshot(spec.space), number, seed, fixed, workload)
 
 
+class Chooser:
+    """One study's way to its points: what `choose` may remember from one ask to the next, all of it derived.
+
+    Args:
+        spec: the study.
+        workload: says which points can be trained.
+        opening: begins to ask its sampler, in this process or in another.
+    """
+
+    def __init__(self, spec: StudySpec, workload: Workload | None = None, opening: Opening = Session) -> None:
+        self.spec = spec
+        self.board = Board(spec.space)
+        self._workload = workload
+        self._sizes = Sizes(spec, workload)
+        self._opening = opening
+
+    def choose(
+        self,
+        snapshot: Snapshot,
+        number: int,
+        seed: int | None = None,
+        fixed: Mapping[str, Value] | None = None,
+        memory_bytes: int | None = None,
+    ) -> Suggestion:
+        """Do what the function `choose` does."""
+        spec, space = self.spec, self.spec.space
+        given = _given(space, fixed or {})
+        self.board.update(snapshot.entries)
+        room = self.room(memory_bytes)
+        if len(given) == len(space.names):
+            if not room.holds(given):
+                raise TooSmall(_too_small(memory_bytes))
+            return _as_given(spec, given, self._workload)
+        if spec.sampler.name == "auto":
+            spec = replace(spec, sampler=pick(spec, snapshot).choice)
+        search = _Search(spec, self._workload, self.board, room, number, given)
+        root = spec.seed if seed is None else seed
+        session = self._opening(spec, snapshot, number, root, reduce(space, given))
+        asked = Asked({}, {}, {})
+        for _ in range(SAMPLER_TRIES[spec.sampler.name]):
+            asked = session.ask()
+            if search.accepts(point := search.whole(asked.reduced)):
+                return _suggestion(space, point, asked)
+        # Chance steps in. What the sampler wrote about the refused point goes, what it wrote about the study stays: the
+        # place in a sequence must not be used twice.
+        rng = np.random.default_rng(derive(root, number, 1))
+        found = search.by_chance(rng)
+        if found is None:
+            raise TooSmall(_too_small(memory_bytes))
+        return _suggestion(space, found, Asked({}, {}, asked.study_attributes))
+
+    def room(self, memory_bytes: int | None) -> Room:
+        """Return what fits a device, by the trials of the last `choose`."""
+        return Room(self.spec, self._sizes, self.board.marks, memory_bytes)
+
+
 def choose(
     spec: StudySpec,
     snapshot: Snapshot,
@@ -105,27 +178,24 @@ def choose(
     seed: int | None = None,
     fixed: Mapping[str, Value] | None = None,
     workload: Workload | None = None,
+    memory_bytes: int | None = None,
 ) -> Suggestion:
-    """Do what `suggest` does, on a study at one moment."""
-    space = spec.space
-    given = _given(space, fixed or {})
-    if len(given) == len(space.names):
-        return _as_given(spec, given, workload)
-    if spec.sampler.name == "auto":
-        spec = replace(spec, sampler=pick(spec, snapshot).choice)
-    search = _Search(spec, workload, snapshot.entries, number, given)
-    root = spec.seed if seed is None else seed
-    session = Session(spec, snapshot, number, root, reduce(space, given))
-    asked = Asked({}, {}, {})
-    for _ in range(SAMPLER_TRIES[spec.sampler.name]):
-        asked = session.ask()
-        if search.accepts(point := search.whole(asked.reduced)):
-            return _suggestion(space, point, asked)
-    # Chance steps in. What the sampler wrote about the refused point goes, what it wrote about the study stays: the
-    # place in a sequence must not be used twice.
-    rng = np.random.default_rng(derive(root, number, 1))
-    found = search.by_chance(rng)
-    return _suggestion(space, found, Asked({}, {}, asked.study_attributes))
+    """Choose the point of trial `number` of a study at one moment.
+
+    Args:
+        spec: the study.
+        snapshot: its trials.
+        number: the number that the trial is going to have.
+        seed: the study's, by default that of its spec.
+        fixed: flat values that are given (a queued point, perhaps partial). A complete point is taken as it is.
+        workload: says which points can be trained.
+        memory_bytes: of the device that asks; points that ran out on such a device are not given to it.
+
+    Raises:
+        TooSmall: all that is left to try needs a device with more memory.
+        NothingFeasible: no point could be found; the commonest reason is given.
+    """
+    return Chooser(spec, workload).choose(snapshot, number, seed, fixed, memory_bytes)
 
 
 def _as_given(spec: StudySpec, point: Flat, workload: Workload | None) -> Suggestion:
@@ -134,6 +204,14 @@ def _as_given(spec: StudySpec, point: Flat, workload: Workload | None) -> Sugges
     if why is not None:
         raise NothingFeasible(f"this point can never be trained: {why}")
     return stored(spec.space, point)
+
+
+def _too_small(memory_bytes: int | None) -> str:
+    size = f"{(memory_bytes or 0) / 2**30:.1f} GiB"
+    return (
+        f"the memory of this device ({size}) is too small for what is left to try: such points ran out of memory on "
+        "a device as large or larger. A device with more memory is needed"
+    )
 
 
 def _given(space: SearchSpace, fixed: Mapping[str, Value]) -> Flat:
@@ -153,26 +231,20 @@ def _suggestion(space: SearchSpace, point: Flat, asked: Asked) -> Suggestion:
 
 
 class _Search:
-    """What makes a point acceptable: nobody has tried it, and it can be trained."""
+    """What makes a point acceptable: nobody has tried it, it can be trained, and the device has room for it."""
 
     def __init__(
-        self, spec: StudySpec, workload: Workload | None, entries: Sequence[Entry], number: int, given: Flat
+        self, spec: StudySpec, workload: Workload | None, board: Board, room: Room, number: int, given: Flat
     ) -> None:
-        others = [entry for entry in entries if entry.trial.number != number]
         self._spec = spec
         self._space = spec.space
         self._workload = workload
+        self._board = board
+        self._room = room
+        self._number = number
         self._given = given
-        self._tried = {entry.key for entry in others if entry.key is not None and not entry.cancelled}
-        self._tried |= {key for entry in others if (key := self._queued(entry)) is not None}
+        self._too_large = 0
         self._reasons: Counter[str] = Counter()
-
-    def _queued(self, entry: Entry) -> tuple[Value, ...] | None:
-        """A queued point waits with its values in an attribute: it will be tried, so it is not suggested as well."""
-        fixed = entry.trial.system_attrs.get("fixed_params")
-        if entry.trial.state != TrialState.WAITING or not isinstance(fixed, Mapping):
-            return None
-        return self._space.key(fixed)
 
     def whole(self, reduced: Mapping[str, Any]) -> Flat:
         return self._space.cast(self._space.expand(reduced))
@@ -185,33 +257,52 @@ class _Search:
             self._reasons[reason] += 1
         return reason is None
 
-    def accepts(self, point: Flat) -> bool:
-        return self._space.key(point) not in self._tried and self.feasible(point)
+    def fits(self, point: Flat) -> bool:
+        held = self._room.holds(point)
+        self._too_large += not held
+        return held
 
-    def by_chance(self, rng: np.random.Generator) -> Flat:
-        """Find an acceptable point by drawing, then by looking through a small space; a tried one as a last resort."""
-        tried: Flat | None = None
+    def tried(self, point: Flat) -> bool:
+        return self._board.taken(self._space.key(point), self._number)
+
+    def accepts(self, point: Flat) -> bool:
+        return not self.tried(point) and self.feasible(point) and self.fits(point)
+
+    def by_chance(self, rng: np.random.Generator) -> Flat | None:
+        """Find an acceptable point by drawing, then by looking through a small space; a tried one as a last resort.
+
+        Returns:
+            None where points are left, but none that the device has room for.
+        """
+        self._too_large = 0
+        tried: list[Flat] = []
         size = self._space.size
         small = size is not None and size <= ENUMERABLE
-        for _ in range(0 if small else RANDOM_TRIES):
-            point = self._space.random(rng) | self._given
-            if self._space.key(point) not in self._tried:
-                if self.feasible(point):
-                    return point
-            elif tried is None and self.feasible(point):
-                tried = point
-        if small:
-            for index in rng.permutation(size or 0):
-                point = self._space.point(int(index))
-                if any(point[name] != value for name, value in self._given.items()):
-                    continue
-                if self.accepts(point):
-                    return point
-                if tried is None and self._space.key(point) in self._tried and self.feasible(point):
-                    tried = point
-        if tried is not None:
-            return tried  # every point there is has been tried: a second evaluation tells the noise
+        points = self._listed(rng, size or 0) if small else self._drawn(rng)
+        for point in points:
+            if self.tried(point):
+                tried.append(point)
+            elif self.feasible(point) and self.fits(point):
+                return point
+        if self._too_large:
+            return None
+        # Every point there is has been tried: a second evaluation tells the noise.
+        for point in tried:
+            if self.feasible(point) and self.fits(point):
+                return point
+        if self._too_large:
+            return None
         raise NothingFeasible(f"no point of the space was found that can be trained; mostly: {self.why()}")
+
+    def _drawn(self, rng: np.random.Generator) -> Iterator[Flat]:
+        for _ in range(RANDOM_TRIES):
+            yield self._space.random(rng) | self._given
+
+    def _listed(self, rng: np.random.Generator, size: int) -> Iterator[Flat]:
+        for index in rng.permutation(size):
+            point = self._space.point(int(index))
+            if all(point[name] == value for name, value in self._given.items()):
+                yield point
 
     def why(self) -> str:
         """Return the commonest reason for which a point was refused."""
