@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -26,7 +27,10 @@ BIGGEST = 1e32
 Number = Annotated[float, Field(ge=-BIGGEST, le=BIGGEST, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Natural = Annotated[int, Field(ge=0, le=1_000_000)]
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_.-]{0,63}$")]
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
+"""A parameter's name."""
+AnyName = Annotated[str, StringConstraints(min_length=1, max_length=500)]
+"""Of studies and parameters that came by Whetlab's protocol; REST and pages give stricter names."""
 Label = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$")]
 
 
@@ -61,6 +65,13 @@ class StudyForm(Form):
     points: Annotated[list[Any], Field(max_length=10_000)] = Field(default_factory=list)
 
 
+class StoredForm(StudyForm):
+    """A study's document as our table has it: one that came by Whetlab's protocol has names of any text."""
+
+    name: AnyName
+    description: Annotated[str, StringConstraints(max_length=20_000)] = ""
+
+
 class ChangeForm(Form):
     state: Literal["running", "paused", "stopped"] | None = None
     budget: BudgetForm | None = None
@@ -76,7 +87,8 @@ class TrialForm(Form):
 
 
 class _Vector(Form):
-    name: Name
+    name: AnyName
+    """`hpo.parameters` holds it to `NAME` where names are strict."""
     labels: Annotated[list[Label], Field(min_length=1, max_length=256)] | None = None
     tied: Any = False
     """true, false, or {group: [labels]}; `hpo.spec` reads it."""
@@ -312,7 +324,6 @@ _WORDS = {
 }
 _PATTERNS = {
     "name": "must be 1-100 of A-Z a-z 0-9 . _ - and spaces, not at the ends",
-    "parameter": "must be a letter or _ and then up to 63 of A-Z a-z 0-9 _ . -",
     "label": "must be 1-64 of A-Z a-z 0-9 _ . -, not beginning with . or -",
 }
 
@@ -327,8 +338,7 @@ def _fault(model: type[Form], item: ErrorDetails, at: str) -> Fault:
         form = BudgetForm if len(place) > 1 and place[0] == "budget" else model
         return Fault(path, f"is not known here; {suggest_name(place[-1], form.model_fields)}")
     if kind == "string_pattern_mismatch":
-        which = "label" if place[0] == "labels" else "name" if "direction" in model.model_fields else "parameter"
-        return Fault(path, f"{_PATTERNS[which]}; this is {show(given)}")
+        return Fault(path, f"{_PATTERNS['label' if place[0] == 'labels' else 'name']}; this is {show(given)}")
     sentence = _WORDS.get(kind, "is not valid: {shown}")
     context = {key: show(value) if key != "expected" else value for key, value in item.get("ctx", {}).items()}
     return Fault(path, sentence.format(shown=show(given), hint=yaml_hint(given), **context))

@@ -1,7 +1,8 @@
 """The search space as a document declares it: each entry read by the form of its type, every fault named.
 
 What passes here is safe to build distributions of: bounds in order, a log scale above zero, a step that divides the
-range, labels, choices and names that differ, and tied groups that put every label into exactly one group.
+range, labels, choices and names that differ, and tied groups that put every label into exactly one group. Names are
+plain words, except where a client of Whetlab's brought its own.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 
-from hpo.document import PARAMETERS, CategoricalForm, FloatForm, IntegerForm, read, suggest_name
+from hpo.document import NAME, PARAMETERS, CategoricalForm, FloatForm, IntegerForm, read, suggest_name
 from hpo.errors import Fault
 from hpo.protocol import Value
 from hpo.space import Group, Parameter, SearchSpace, join, same, show
@@ -19,8 +20,12 @@ MAX_DIMENSIONS = 256
 _LABEL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 
 
-def read_space(data: object) -> tuple[SearchSpace | None, list[Fault]]:
-    """Return the space, or None with what is wrong with it (paths begin with ``space``)."""
+def read_space(data: object, *, any_names: bool = False) -> tuple[SearchSpace | None, list[Fault]]:
+    """Return the space, or None with what is wrong with it (paths begin with ``space``).
+
+    Args:
+        any_names: parameters may have names of any text.
+    """
     if not isinstance(data, list | tuple) or len(data) > MAX_DIMENSIONS:
         return None, []  # its form has said so
     faults: list[Fault] = []
@@ -28,7 +33,7 @@ def read_space(data: object) -> tuple[SearchSpace | None, list[Fault]]:
     names: dict[str, int] = {}
     for place, entry in enumerate(data):
         at = f"space[{place}]"
-        parameter, more = _parameter(entry, at)
+        parameter, more = _parameter(entry, at, any_names)
         faults += more
         name = entry.get("name") if isinstance(entry, Mapping) else None
         if isinstance(name, str):
@@ -37,13 +42,15 @@ def read_space(data: object) -> tuple[SearchSpace | None, list[Fault]]:
             names.setdefault(name, place)
         if parameter is not None:
             parameters.append(parameter)
+    if any_names:
+        faults += _ambiguities(parameters)
     dimensions = sum(len(parameter.flat_names) for parameter in parameters)
     if dimensions > MAX_DIMENSIONS:
         faults.append(Fault("space", f"has {dimensions} scalar dimensions; at most {MAX_DIMENSIONS} are allowed"))
     return (None if faults or not parameters else SearchSpace(tuple(parameters))), faults
 
 
-def _parameter(entry: object, at: str) -> tuple[Parameter | None, list[Fault]]:
+def _parameter(entry: object, at: str, any_names: bool) -> tuple[Parameter | None, list[Fault]]:
     if not isinstance(entry, Mapping):
         return None, [Fault(at, f"must be an object, not {show(entry)}")]
     kind = entry.get("type")
@@ -51,6 +58,10 @@ def _parameter(entry: object, at: str) -> tuple[Parameter | None, list[Fault]]:
         verdict = f"there is no type {show(kind)}; " if "type" in entry else "is missing; "
         return None, [Fault(f"{at}.type", verdict + suggest_name(kind, PARAMETERS))]
     form, faults = read(PARAMETERS[kind], entry, at)
+    name = entry.get("name")
+    if not any_names and isinstance(name, str) and name and not NAME.fullmatch(name[:65]):
+        rule = "must be a letter or _ and then up to 63 of A-Z a-z 0-9 _ . -"
+        faults.append(Fault(f"{at}.name", f"{rule}; this is {show(name)}"))
     if form is None:
         return None, faults
     labels = tuple(form.labels or ())
@@ -67,6 +78,19 @@ def _parameter(entry: object, at: str) -> tuple[Parameter | None, list[Fault]]:
         choices: tuple[Value, ...] = tuple(form.choices)
         return Parameter(form.name, "categorical", choices=choices, labels=labels, groups=groups), []
     return Parameter(form.name, form.type, form.low, form.high, form.log, form.step, (), labels, groups), []
+
+
+def _ambiguities(parameters: Sequence[Parameter]) -> list[Fault]:
+    """Find names that Optuna could not tell apart: ``x[1]`` is also the second component of a vector ``x``."""
+    owner: dict[str, str] = {}
+    faults = []
+    for parameter in parameters:
+        for name in parameter.flat_names:
+            other = owner.setdefault(name, parameter.name)
+            if other != parameter.name:
+                faults.append(Fault("space", f"{show(parameter.name)} and {show(other)} are stored alike: rename one"))
+                break
+    return faults
 
 
 def _duplicates(values: Sequence[Value], at: str, what: str) -> list[Fault]:

@@ -45,7 +45,8 @@ def show(value: object) -> str:
     if isinstance(value, float):
         return repr(value)
     if isinstance(value, str):
-        return ascii(value) if len(value) <= 40 else ascii(value[:16])[:40] + "..."
+        shown = ascii(value[:61])
+        return shown if len(shown) <= 60 else ascii(value[:16])[:40] + "..."
     if isinstance(value, Mapping):
         return "an object"
     return "a list" if isinstance(value, list | tuple) else "a value"

@@ -24,6 +24,7 @@ from hpo.document import (
     BudgetForm,
     ChangeForm,
     Form,
+    StoredForm,
     StudyForm,
     TrialForm,
     read,
@@ -114,10 +115,13 @@ class TrialAdd:
     reason: str = ""
 
 
-def parse(document: object, workloads: Mapping[str, Workload]) -> StudySpec:
+def parse(document: object, workloads: Mapping[str, Workload], *, any_names: bool = False) -> StudySpec:
     """Read a study's document (JSON or YAML, as plain dictionaries and lists).
 
     A missing seed is drawn, so that the spec is complete.
+
+    Args:
+        any_names: the study and its parameters may have names of any text (Whetlab's clients bring their own).
 
     Raises:
         Invalid: names every fault.
@@ -125,7 +129,7 @@ def parse(document: object, workloads: Mapping[str, Workload]) -> StudySpec:
     faults, readable = tidy(document)
     if not readable:
         raise Invalid(faults, what="the study")
-    return _read(document, workloads, faults)
+    return _read(document, workloads, faults, any_names)
 
 
 def load(stored: object) -> StudySpec:
@@ -136,18 +140,20 @@ def load(stored: object) -> StudySpec:
     Raises:
         Invalid: it is not what `dump` writes.
     """
-    return _read(stored, None, [])
+    return _read(stored, None, [], any_names=True)
 
 
-def _read(document: object, workloads: Mapping[str, Workload] | None, faults: list[Fault]) -> StudySpec:
+def _read(
+    document: object, workloads: Mapping[str, Workload] | None, faults: list[Fault], any_names: bool
+) -> StudySpec:
     """Read a document; without `workloads` it is trusted to have been checked against them."""
-    form, more = read(StudyForm, document)
+    form, more = read(StoredForm if any_names else StudyForm, document)
     given = document if isinstance(document, Mapping) else {}
     spotted = {fault.at for fault in faults}
     faults += [fault for fault in more if fault.at not in spotted]
 
     # Each part is read by itself, so that a fault in one does not hide those of the others.
-    space, space_faults = read_space(given.get("space"))
+    space, space_faults = read_space(given.get("space"), any_names=any_names)
     sampler, sampler_faults = _choice(SAMPLERS, given.get("sampler", "tpe"), "sampler")
     pruner, pruner_faults = _choice(PRUNERS, given.get("pruner", "none"), "pruner")
     if sampler is not None and workloads is not None:

@@ -89,12 +89,13 @@ def create(desk: Desk, document: object, once: Once | None = None) -> StudyView:
     spec = parse(document, desk.workloads)
     try:
         with desk.transaction() as conn:
-            return guard(conn, once, StudyView, lambda: _create(desk, conn, spec))
+            return guard(conn, once, StudyView, lambda: store(desk, conn, spec))
     except DuplicatedStudyError:
         raise Conflict(f"there is a study named {spec.name!r} already: choose another name") from None
 
 
-def _create(desk: Desk, conn: sa.Connection, spec: StudySpec) -> StudyView:
+def store(desk: Desk, conn: sa.Connection, spec: StudySpec) -> StudyView:
+    """Store a study that was read, with its queued points. Raises `DuplicatedStudyError` where its name is taken."""
     direction = StudyDirection.MAXIMIZE if spec.direction == "maximize" else StudyDirection.MINIMIZE
     study = desk.storage.create_new_study([direction], spec.name)
     row = {
