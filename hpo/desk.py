@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
+from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from hpo import statements
-from hpo.database import transaction
+from hpo.database import call, transaction
 from hpo.errors import Fault, Invalid, NewerFormat, NotFound
 from hpo.history import History
 from hpo.protocol import Workload
@@ -30,9 +31,13 @@ log = logging.getLogger("whetstone")
 
 HISTORY_FORMAT = 1
 """How trials are written and read here. Raised when an older Whetstone would read or write them wrongly."""
+KEPT_LEASES = 100_000
+Place = tuple[int, int, int]
+"""Of a lease: study, trial id, trial number."""
 
 SPEC = sa.text("SELECT spec, format FROM whetstone.studies WHERE study_id = :study")
 FORMAT = sa.text("SELECT format FROM whetstone.studies WHERE study_id = :study")
+RECALL = "SELECT json_build_array(spec, format) FROM whetstone.studies WHERE study_id = %(study)s"
 
 
 @dataclass
@@ -72,7 +77,10 @@ class Desk:
         self.heartbeat_s = heartbeat_s
         self.stall_s = stall_s
         self.storage = PostgresStorage(engine)
+        self.guess: Known | None = None
+        """The study that was claimed from last."""
         self._known: dict[int, Known] = {}
+        self._leases: OrderedDict[int, Place] = OrderedDict()
         self._guard = threading.Lock()
 
     def transaction(self) -> AbstractContextManager[sa.Connection]:
@@ -90,16 +98,34 @@ class Desk:
         if stored is None:
             self.forget(study)
             raise missing(study)
-        if stored.format > HISTORY_FORMAT:
-            raise NewerFormat(f"study {study} cannot be read here: {too_new(stored.format)}")
+        check_format(study, stored.format)
+        return found or self._learn(study, stored.spec)
+
+    def recall(self, study: int) -> Known:
+        """Return what is known of a study, without looking for its row where it is known already: for callers whose
+        next statement finds out that it was deleted.
+
+        Raises:
+            NotFound: there is no such study of ours.
+            NewerFormat: a newer Whetstone has written its history.
+        """
+        found = self._known.get(study)
         if found is not None:
             return found
+        stored = call(self.engine, RECALL, {"study": study})
+        if stored is None:
+            raise missing(study)
+        spec, format = stored
+        check_format(study, format)
+        return self._learn(study, spec)
+
+    def _learn(self, study: int, stored: Any) -> Known:
         # It could be sampled where it was launched (a GP needs torch); it can be read, told and stopped here.
         try:
-            spec = load(stored.spec)
+            spec = load(stored)
             faults = cannot_sample(spec)
         except Invalid as error:  # launched by a release that knows other samplers
-            spec = load(stored.spec | {"sampler": "random", "pruner": "none"})
+            spec = load(stored | {"sampler": "random", "pruner": "none"})
             faults = list(error.faults)
         unusable = "; ".join(str(fault) for fault in faults)
         if unusable:
@@ -115,6 +141,25 @@ class Desk:
         """Drop what is known of a study that was deleted."""
         with self._guard:
             self._known.pop(study, None)
+            if self.guess is not None and self.guess.study == study:
+                self.guess = None
+
+    def leased(self, lease: int, study: int, trial_id: int, number: int) -> None:
+        """Remember whose lease it is: that never changes."""
+        with self._guard:
+            self._leases[lease] = (study, trial_id, number)
+            while len(self._leases) > KEPT_LEASES:
+                self._leases.popitem(last=False)
+
+    def place_of(self, lease: int) -> Place | None:
+        """Return study, trial id and trial number of a lease, if they are remembered."""
+        return self._leases.get(lease)
+
+
+def check_format(study: int, format: int) -> None:
+    """Raise `NewerFormat` where a study's history has a format that is not known here."""
+    if format > HISTORY_FORMAT:
+        raise NewerFormat(f"study {study} cannot be read here: {too_new(format)}")
 
 
 def too_new(format: int) -> str:

@@ -11,13 +11,13 @@ import logging
 import threading
 import time
 from datetime import datetime
-from typing import Protocol
+from typing import Any, Protocol
 
 import sqlalchemy as sa
 
-from hpo import database, idempotency, outcomes
-from hpo.desk import Desk
-from hpo.errors import DatabaseUnavailable, NotFound
+from hpo import database, idempotency
+from hpo.desk import HISTORY_FORMAT, Desk
+from hpo.errors import DatabaseUnavailable
 
 log = logging.getLogger("whetstone")
 
@@ -30,12 +30,7 @@ OVERDUE = sa.text("""
     WHERE state = 'leased' AND expires_at < clock_timestamp() ORDER BY expires_at
 """)
 
-# Whether a lease is overdue by the clock as it is now that its row is locked, and who held it for how long in silence.
-STILL_OVERDUE = sa.text("""
-    SELECT extract(epoch FROM clock_timestamp() - a.renewed_at) AS silent_s, w.name AS worker
-    FROM whetstone.attempts a LEFT JOIN whetstone.workers w ON w.worker_id = a.worker_id
-    WHERE a.attempt_id = :lease AND a.state = 'leased' AND a.expires_at < clock_timestamp()
-""")
+EXPIRE = "SELECT whetstone.expire(%(lease)s, %(format)s)"
 
 
 class Contact:
@@ -91,21 +86,15 @@ def expire(desk: Desk, contact: Contact) -> int:
 
 def _expire(desk: Desk, lease: int) -> bool:
     try:
-        with desk.transaction() as conn:
-            known, attempt, _ = outcomes.hold(desk, conn, lease)
-            overdue = conn.execute(STILL_OVERDUE, {"lease": lease}).one_or_none()
-            if overdue is None:
-                return False  # renewed, told or released while we were on our way
-            why = f"its worker {overdue.worker or '(unknown)'} was silent for {overdue.silent_s:.1f} s"
-            state = outcomes.give_back(desk, conn, known, attempt, "lost", why)
-    except NotFound:
-        return False  # deleted with its study
+        gone: dict[str, Any] | None = database.call(desk.engine, EXPIRE, {"lease": lease, "format": HISTORY_FORMAT})
     except DatabaseUnavailable:
         raise
     except Exception:
         log.exception("lease %d could not be expired; the others are", lease)
         return False
-    log.warning("study %d: trial %d is %s: %s", known.study, attempt.trial_number, state, why)
+    if gone is None:
+        return False  # renewed, told or released while we were on our way, or deleted with its study
+    log.warning("study %d: trial %d is %s: %s", gone["study"], gone["trial"], gone["state"], gone["why"])
     return True
 
 

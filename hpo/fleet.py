@@ -44,17 +44,6 @@ HELLO = sa.text("""
 
 HAS = sa.text("SELECT device FROM whetstone.workers WHERE name = :name AND host = :host")
 
-# A worker asks for work: it lives, and what it says of itself is taken down.
-SEEN = sa.text("""
-    INSERT INTO whetstone.workers AS w (name, device, memory_bytes, version, bearer)
-    VALUES (:name, :device, :memory_bytes, :version, :bearer)
-    ON CONFLICT (name) DO UPDATE SET last_seen = clock_timestamp(), bearer = excluded.bearer, stopped = false,
-        device = coalesce(nullif(excluded.device, ''), w.device),
-        version = coalesce(nullif(excluded.version, ''), w.version),
-        memory_bytes = coalesce(excluded.memory_bytes, w.memory_bytes)
-    RETURNING worker_id, device, draining
-""")
-
 # A worker takes its leave. Only who speaks for it may say so.
 LEAVE = sa.text("""
     UPDATE whetstone.workers SET stopped = true, last_seen = clock_timestamp()
@@ -108,20 +97,6 @@ def hello(desk: Desk, request: WorkerHello, principal: Principal) -> WorkerPlace
         conn.execute(HELLO, me | about)
         events.notify(conn, "worker", None)
     return WorkerPlace(worker=request.worker, device=device)
-
-
-def seen(
-    conn: sa.Connection,
-    principal: Principal,
-    name: str,
-    *,
-    device: str = "",
-    memory_bytes: int | None = None,
-    version: str = "",
-) -> Any:
-    """Take down that a worker asks for work; return its row (worker_id, device, draining)."""
-    about = {"name": name, "device": storable(device), "memory_bytes": memory_bytes, "version": storable(version)}
-    return conn.execute(SEEN, about | {"bearer": principal.id}).one()
 
 
 def listing(desk: Desk) -> list[WorkerView]:

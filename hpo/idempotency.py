@@ -18,6 +18,7 @@ from hpo.errors import KeyReused
 from hpo.protocol import Wire
 
 KEPT_HOURS = 24
+REUSED = "this Idempotency-Key was used with another body: send a new key with a new request"
 W = TypeVar("W", bound=Wire)
 
 # Take the key, or wait for whoever is taking it; a key past its time is taken over as if it were new.
@@ -75,7 +76,7 @@ def answered(conn: sa.Connection, once: Once | None, shape: type[W]) -> W | None
     if row is None or row.answer is None:
         return None
     if bytes(row.digest) != once.digest:
-        raise KeyReused("this Idempotency-Key was used with another body: send a new key with a new request")
+        raise KeyReused(REUSED)
     return shape.model_validate(row.answer)
 
 

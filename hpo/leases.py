@@ -1,9 +1,10 @@
 """Leases: the one way in which a trial comes into a worker's hands.
 
-The invariant: a trial has at most one live attempt, and that attempt's token is larger than all before it. A new point
-is sampled outside of any transaction, under the study's lock in this process; the short transaction after it locks the
-study's row, looks at state, budget and concurrency again, and writes trial, parameters, attributes and attempt
-together. Whatever changed meanwhile sends it back to the beginning; nothing half-made is left.
+The invariant: a trial has at most one live attempt, and that attempt's token is larger than all before it. A lease is
+two calls of PostgreSQL: one look at everything that an ask depends on, and one write of trial, parameters, attributes,
+attempt and counters together (`hpo/functions/look.sql` and `lease.sql`). Between the two a new point is sampled, under
+the study's lock in this process and outside of any transaction. The write looks again at what may have changed and
+sends the ask back to its beginning; nothing half-made is left.
 
 Queued trials go first: those between two attempts before points that were never begun, then by number. A trial once
 begun may always be taken up again; only a trial's first lease counts against the budget.
@@ -11,63 +12,47 @@ begun may always be taken up again; only a trial's first lease counts against th
 
 from __future__ import annotations
 
+import json
 import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn, cast
 
-import sqlalchemy as sa
-from optuna.trial import TrialState
+from optuna.distributions import distribution_to_json
 
-from hpo import events, fleet, rows, statements, studies, trials, writing
-from hpo.desk import Desk, Known, lock, log, storable
+from hpo import database, events, studies, trials, writing
+from hpo.desk import HISTORY_FORMAT, Desk, Known, check_format, lock, log, missing, storable
 from hpo.errors import Conflict, DatabaseUnavailable, KeyReused, NotFound
-from hpo.idempotency import Once, answered, guard
+from hpo.idempotency import REUSED, Once
 from hpo.protocol import MAX_WAIT_S, AskRequest, ClaimRequest, Lease, Value
-from hpo.spec import EXTERNAL
 from hpo.suggest import NothingFeasible, Suggestion, suggest
 from hpo.tokens import Principal
 
 MAX_ROUNDS = 50
 """A round fails only because somebody else got on; after so many in a row the others are given way to."""
 FAILURES_BEFORE_PAUSE = 3
+SHORTLY_S = 0.05
+"""How long an ask waits for another one of its study before it looks whether there is a queue that needs no sampler."""
+HEARD_S = 5.0
+"""A worker for whom there is nothing is taken down as alive no more often than this."""
 
-# Studies that may have work, those with the fewest leases first, then the oldest.
-CANDIDATES = sa.text("""
-    SELECT s.study_id FROM whetstone.studies s
-    CROSS JOIN LATERAL (
-        SELECT count(*) AS leased FROM whetstone.attempts a WHERE a.study_id = s.study_id AND a.state = 'leased'
-    ) l
-    WHERE s.state = 'running' AND s.workload <> :external AND (s.concurrency IS NULL OR l.leased < s.concurrency)
-    ORDER BY l.leased, s.study_id
-""")
+LOOK = """
+    SELECT whetstone.look(%(study)s, %(guess)s, %(skip)s::integer[], %(owner)s, %(route)s, %(key)s, %(worker)s,
+                          %(newest)s, %(running)s::integer[], %(waiting)s::integer[], %(revision)s, %(format)s)
+"""
+LEASE = """
+    SELECT whetstone.lease(
+        %(study)s, %(head)s, %(number)s, %(skip)s::integer[],
+        %(names)s::text[], %(internals)s::double precision[], %(distributions)s::text[],
+        %(keys)s::text[], %(texts)s::text[], %(study_keys)s::text[], %(study_texts)s::text[], %(picked)s::jsonb,
+        %(worker)s, %(device)s, %(memory)s, %(version)s, %(owner)s,
+        %(route)s, %(key)s, %(digest)s, %(request)s, %(template)s::jsonb, %(term_s)s)
+"""
+SEEN = "SELECT (whetstone.seen(%(worker)s, %(device)s, %(memory)s, %(version)s, %(owner)s)).draining"
 
-# The first of the queue. `begun_only`: the budget is spent, so only what was begun goes on.
-HEAD = sa.text("""
-    SELECT t.trial_id, t.number, b.begun FROM public.trials t
-    CROSS JOIN LATERAL (SELECT EXISTS (SELECT 1 FROM whetstone.attempts a WHERE a.trial_id = t.trial_id) AS begun) b
-    WHERE t.study_id = :study AND t.state = 'WAITING' AND (b.begun OR NOT :begun_only)
-    ORDER BY b.begun DESC, t.number LIMIT 1
-""")
-
-NEXT_NUMBER = sa.text("SELECT coalesce(max(number) + 1, 0) FROM public.trials WHERE study_id = :study")
-
-# What the earlier attempts of a trial come to: how many, the newest that left a checkpoint, the last epoch reported.
-EARLIER = sa.text("""
-    SELECT coalesce(max(attempt), 0) AS attempts, max(last_epoch) AS last_epoch,
-           max(attempt) FILTER (WHERE checkpoint_epoch IS NOT NULL) AS saved
-    FROM whetstone.attempts WHERE trial_id = :trial_id
-""")
-
-# The lease itself. Its token is the next of a sequence; its term counts from now, not from when the transaction began.
-ATTEMPT = sa.text("""
-    INSERT INTO whetstone.attempts (study_id, trial_id, trial_number, attempt, token, worker_id, bearer, device,
-                                    resumed_from, leased_at, renewed_at, expires_at)
-    SELECT :study, :trial_id, :number, :attempt, nextval('whetstone.fencing'), :worker_id, :bearer, :device,
-           :resumed_from, clock.now, clock.now, clock.now + make_interval(secs => :term_s)
-    FROM (SELECT clock_timestamp() AS now) AS clock
-    RETURNING attempt_id, token
-""")
+_NOWHERE: dict[str, Any] = {"newest": None, "running": [], "waiting": [], "revision": None}
+"""In place of a history's cursor where the history is not wanted."""
 
 
 @dataclass(frozen=True)
@@ -80,17 +65,8 @@ class Head:
     whole: bool
 
 
-@dataclass(frozen=True)
-class Bearer:
-    """Who gets the lease."""
-
-    principal: Principal
-    worker_id: int
-    device: str
-
-
 class _Changed(Exception):
-    """Somebody was quicker: the transaction rolls back, and all is looked at again."""
+    """Somebody was quicker: all is looked at again."""
 
 
 class _Nothing(Exception):
@@ -99,6 +75,156 @@ class _Nothing(Exception):
 
 class _Busy(Exception):
     """Others are being served with this study, and the time to wait for them is over."""
+
+
+class _Answered(Exception):
+    """The request was answered before (`lease`), or its worker gets nothing (None)."""
+
+    def __init__(self, lease: Lease | None) -> None:
+        super().__init__()
+        self.lease = lease
+
+
+class _Asking:
+    """One request for a lease, and who gets it. The same request, made again, gets the same lease."""
+
+    def __init__(self, desk: Desk, principal: Principal, request: ClaimRequest | AskRequest, once: Once | None) -> None:
+        self._desk = desk
+        self._once = once
+        self.who: dict[str, Any] = {
+            "worker": request.worker,
+            "device": storable(request.device) if isinstance(request, ClaimRequest) else "",
+            "memory": request.memory_bytes if isinstance(request, ClaimRequest) else None,
+            "version": storable(request.version) if isinstance(request, ClaimRequest) else "",
+            "owner": principal.id,
+            "route": None if once is None else once.route,
+            "key": None if once is None else once.key,
+            "digest": None if once is None else once.digest,
+            "request": uuid.uuid4().hex,
+            "format": HISTORY_FORMAT,
+        }
+
+    def look(self, study: int | None, known: Known | None) -> dict[str, Any]:
+        """Look at `study`, or at any (None; `known` is then the likeliest). `known`'s history is caught up.
+
+        Raises:
+            NotFound: there is no such study.
+            _Answered: there is nothing more to do for this request.
+            KeyReused: the idempotency key came with another body.
+        """
+        cursor = _NOWHERE
+        guess = None if known is None else known.study
+        seen: dict[str, Any] = database.call(
+            self._desk.engine, LOOK, self.who | cursor | {"study": study, "guess": guess, "skip": []}
+        )
+        if seen.get("missing"):
+            assert study is not None
+            self._desk.forget(study)
+            raise missing(study)
+        earlier = seen["answered"]
+        if earlier is not None:
+            assert self._once is not None
+            if bytes.fromhex(earlier["digest"]) != self._once.digest:
+                raise KeyReused(REUSED)
+            raise _Answered(Lease.model_validate(earlier["answer"]))
+        if seen["worker"] is not None and seen["worker"]["draining"]:
+            self.heard_of(seen)
+            raise _Answered(None)
+        if known is not None and seen.get("study") == known.study:
+            check_format(known.study, seen["format"])
+            known.history.refresh()
+        return seen
+
+    def heard_of(self, seen: Mapping[str, Any]) -> None:
+        """Take down that the worker lives, if nobody has of late."""
+        worker = seen["worker"]
+        same = worker is not None and not worker["stopped"] and worker["bearer"] == self.who["owner"]
+        if not same or worker["silent_s"] > HEARD_S:
+            database.call(self._desk.engine, SEEN, self.who)
+
+    def lease(self, known: Known, head: Head | None, suggestion: Suggestion | None, number: int) -> Lease:
+        """Write the lease of `head`, or of a new trial `number`.
+
+        Raises:
+            _Changed: what was looked at is no longer so.
+            _Nothing: state, concurrency or budget allow no lease any more.
+            _Answered, KeyReused, NotFound: as in `look`.
+        """
+        study, space = known.study, known.spec.space
+        new: Mapping[str, Value] = {} if suggestion is None else suggestion.params
+        flat = new if head is None or not head.whole else head.given
+        marks: dict[str, Any] = {} if suggestion is None else dict(suggestion.trial_system_attrs)
+        if head is None:
+            assert suggestion is not None, "a new trial needs a point"
+            marks = {writing.ORIGIN: "suggested", **marks}
+        params = writing.internal(known, new)
+        study_marks = {} if suggestion is None else suggestion.study_system_attrs
+        wire = {
+            "lease": 0,
+            "token": 0,
+            "study": study,
+            "study_name": known.spec.name,
+            "trial": number,
+            "attempt": 0,
+            "workload": known.spec.workload,
+            "params": space.nest(flat),
+            "settings": dict(known.spec.settings),
+            "seed": known.trial_seed(number),
+            "term_s": self._desk.term_s,
+            "heartbeat_s": self._desk.heartbeat_s,
+            "stall_s": self._desk.stall_s,
+            "artifacts": trials.artifacts(study, number),
+        }
+        made: dict[str, Any] = database.call(
+            self._desk.engine,
+            LEASE,
+            self.who
+            | {
+                "study": study,
+                "head": None if head is None else head.trial_id,
+                "number": number,
+                "skip": [],
+                "names": list(params),
+                "internals": [internal for internal, _ in params.values()],
+                "distributions": [distribution_to_json(distribution) for _, distribution in params.values()],
+                "keys": list(marks),
+                "texts": [json.dumps(value) for value in marks.values()],
+                "study_keys": list(study_marks),
+                "study_texts": [json.dumps(value) for value in study_marks.values()],
+                "picked": None,
+                "template": None if self._once is None else json.dumps(wire),
+                "term_s": self._desk.term_s,
+            },
+        )
+        if "lease" not in made:
+            self._refused(study, made)
+        self._desk.leased(made["lease"], study, made["trial_id"], number)
+        saved = made["saved"]
+        return Lease.model_validate(
+            wire
+            | {
+                "lease": made["lease"],
+                "token": made["token"],
+                "attempt": made["attempt"],
+                "artifacts": trials.artifacts(study, number, made["attempt"]),
+                "resume": None if saved is None else trials.artifacts(study, number, saved),
+                "last_epoch": made["last_epoch"],
+            }
+        )
+
+    def _refused(self, study: int, made: Mapping[str, Any]) -> NoReturn:
+        if "again" in made:
+            raise _Changed
+        if "nothing" in made:
+            raise _Nothing(made["nothing"])
+        if "earlier" in made:
+            raise _Answered(Lease.model_validate(made["earlier"]))
+        if "reused" in made:
+            raise KeyReused(REUSED)
+        if "draining" in made:
+            raise _Answered(None)
+        self._desk.forget(study)
+        raise missing(study)
 
 
 def claim(desk: Desk, request: ClaimRequest, principal: Principal, once: Once | None = None) -> Lease | None:
@@ -110,37 +236,49 @@ def claim(desk: Desk, request: ClaimRequest, principal: Principal, once: Once | 
     Raises:
         KeyReused: the idempotency key came with another body.
     """
-    with desk.transaction() as conn:
-        worker = fleet.seen(
-            conn,
-            principal,
-            request.worker,
-            device=request.device,
-            memory_bytes=request.memory_bytes,
-            version=request.version,
-        )
-        earlier = answered(conn, once, Lease)
-        found = conn.execute(CANDIDATES, {"external": EXTERNAL}).scalars().all()
-    if earlier is not None or worker.draining:
-        return earlier
-    bearer = Bearer(principal, worker.worker_id, worker.device)
+    asking = _Asking(desk, principal, request, once)
+    try:
+        return _claim(desk, asking)
+    except _Answered as answer:
+        return answer.lease
+
+
+def _claim(desk: Desk, asking: _Asking) -> Lease | None:
+    # The study that was claimed from last is likely the next as well: then this look is the only one.
+    guess = desk.guess
+    took = guess is not None and guess.sampling.acquire(timeout=SHORTLY_S)
+    try:
+        seen = asking.look(None, guess if took else None)
+        if took and guess is not None and seen.get("study") == guess.study:
+            try:
+                return _of_look(desk, guess, asking, seen)
+            except (_Changed, _Nothing):
+                pass
+    finally:
+        if took and guess is not None:
+            guess.sampling.release()
     deadline = time.monotonic() + MAX_WAIT_S
+    found = cast("list[int]", seen["studies"])
     # First the studies where nobody is sampling at this moment, then the others, one after another.
     for patience in (0.0, None):
         busy: list[int] = []
         for study in found:
             wait_s = max(0.0, deadline - time.monotonic()) if patience is None else patience
             try:
-                return _from_study(desk, study, bearer, once, wait_s)
+                lease = _from_study(desk, study, asking, wait_s)
             except _Busy:
                 busy.append(study)
             except (_Nothing, NotFound):
                 continue
-            except (DatabaseUnavailable, KeyReused):
+            except (DatabaseUnavailable, KeyReused, _Answered):
                 raise
             except Exception:
                 log.exception("study %d could not be asked for a trial; the others are", study)
+            else:
+                desk.guess = desk.recall(study)
+                return lease
         found = busy
+    asking.heard_of(seen)
     return None
 
 
@@ -152,96 +290,90 @@ def ask(desk: Desk, study: int, request: AskRequest, principal: Principal, once:
         Conflict: the study has nothing to give; the message says why.
         KeyReused: the idempotency key came with another body.
     """
-    with desk.transaction() as conn:
-        desk.known(conn, study)
-        worker = fleet.seen(conn, principal, request.worker)
-        earlier = answered(conn, once, Lease)
-    if earlier is not None:
-        return earlier
-    if worker.draining:
-        raise Conflict("this worker is drained: introduce it anew to give it work again")
     try:
-        return _from_study(desk, study, Bearer(principal, worker.worker_id, worker.device), once, MAX_WAIT_S)
+        return _from_study(desk, study, _Asking(desk, principal, request, once), MAX_WAIT_S)
+    except _Answered as answer:
+        if answer.lease is None:
+            raise Conflict("this worker is drained: introduce it anew to give it work again") from None
+        return answer.lease
     except _Busy:
         raise Conflict("the study is busy with other requests: ask again") from None
     except _Nothing as nothing:
         raise Conflict(str(nothing)) from None
 
 
-def _from_study(desk: Desk, study: int, bearer: Bearer, once: Once | None, wait_s: float) -> Lease:
-    with desk.transaction() as conn:
-        known = desk.known(conn, study)
+def _from_study(desk: Desk, study: int, asking: _Asking, wait_s: float) -> Lease:
+    known = desk.recall(study)
     for _ in range(MAX_ROUNDS):
-        with desk.transaction() as conn:
-            head, _ = _look(conn, known)
+        took = known.sampling.acquire(timeout=min(wait_s, SHORTLY_S))
         try:
-            if head is not None and head.whole:
-                return _lease(desk, known, bearer, once, head, None, head.number)
-            if not known.sampling.acquire(timeout=wait_s):
-                raise _Busy
-            try:
-                return _sampled(desk, known, bearer, once)
-            finally:
-                known.sampling.release()
+            if not took:
+                # Somebody is sampling, perhaps for seconds: what is queued and whole needs no sampler.
+                seen = asking.look(study, None)
+                head = _allowed(known, seen)
+                if head is not None and head.whole:
+                    return asking.lease(known, head, None, head.number)
+                took = known.sampling.acquire(timeout=wait_s)
+                if not took:
+                    raise _Busy
+            return _of_look(desk, known, asking, asking.look(study, known))
         except _Changed:
             continue
+        finally:
+            if took:
+                known.sampling.release()
     log.warning("study %d changed %d times while a trial of it was being leased", study, MAX_ROUNDS)
     raise _Busy
 
 
-def _sampled(desk: Desk, known: Known, bearer: Bearer, once: Once | None) -> Lease:
-    """Make a suggestion and store it. The caller holds the study's sampling lock."""
-    with desk.transaction() as conn:
-        head, number = _look(conn, known)  # again: what was queued when we began to wait may be leased by now
-    workload = desk.workloads.get(known.spec.workload)
-    suggestion: Suggestion | None = None
-    if head is None or not head.whole:
-        impossible = None if head is None else _impossible(desk, known, head)
-        if head is not None and impossible is not None:
+def _of_look(desk: Desk, known: Known, asking: _Asking, seen: Mapping[str, Any]) -> Lease:
+    """Lease what the look has found, a new point if there is no queue. The caller holds the study's sampling lock."""
+    head = _allowed(known, seen)
+    if head is not None and head.whole:
+        return asking.lease(known, head, None, head.number)
+    number = seen["next"] if head is None else head.number
+    given: dict[str, Value] = dict(seen["fixed"])
+    if head is not None:
+        impossible = _impossible(desk, known, head)
+        if impossible is not None:
             _refuse(desk, known, head, impossible)
             raise _Changed
-        given = None if head is None else head.given
-        try:
-            suggestion = suggest(known.spec, known.history, number, known.spec.seed, given, workload=workload)
-        except (NotFound, DatabaseUnavailable):
-            raise
-        except Exception as error:
-            if head is not None and isinstance(error, NothingFeasible):
-                # A queued point that cannot be completed must not stand in the way of the whole study.
-                _refuse(desk, known, head, str(error))
-                raise _Changed from error
-            raise _Nothing(_failed(desk, known, error)) from error
-        known.failures = 0
-    return _lease(desk, known, bearer, once, head, suggestion, number)
+        given |= head.given
+    workload = desk.workloads.get(known.spec.workload)
+    try:
+        suggestion = suggest(
+            known.spec, known.history, number, known.spec.seed, given, workload=workload, refresh=False
+        )
+    except (NotFound, DatabaseUnavailable):
+        raise
+    except Exception as error:
+        if head is not None and isinstance(error, NothingFeasible):
+            # A queued point that cannot be completed must not stand in the way of the whole study.
+            _refuse(desk, known, head, str(error))
+            raise _Changed from error
+        raise _Nothing(_failed(desk, known, error)) from error
+    known.failures = 0
+    return asking.lease(known, head, suggestion, number)
 
 
-def _look(conn: sa.Connection, known: Known) -> tuple[Head | None, int]:
-    """Return the trial that is next in the queue, if any, and the number that the lease is going to have.
+def _allowed(known: Known, seen: Mapping[str, Any]) -> Head | None:
+    """Return the trial that is next in the queue, if any.
 
     Raises:
         _Nothing: state, concurrency or budget allow no lease.
     """
-    row = studies.reread(conn, known.study)
-    if row.state != "running":
-        raise _Nothing(f"the study is {row.state}" + (f" ({row.reason})" if row.reason else ""))
+    if seen["closed"] is not None:
+        raise _Nothing(seen["closed"])
     if known.unusable:
         raise _Nothing(f"this server cannot sample for the study: {known.unusable}")
-    if row.concurrency is not None:
-        live = conn.execute(studies.LIVE, {"study": known.study}).scalar_one()
-        if live >= row.concurrency:
-            raise _Nothing(f"{live} trials of the study are leased: its concurrency allows no more")
-    spent = studies.spent(conn, known, row)
-    head = conn.execute(HEAD, {"study": known.study, "begun_only": spent is not None}).one_or_none()
+    head = seen["head"]
     if head is None:
-        if spent is not None:
-            raise _Nothing(f"the study's budget is spent: {spent}")
-        number: int = conn.execute(NEXT_NUMBER, {"study": known.study}).scalar_one()
-        return None, number
-    stored = conn.execute(statements.TRIAL_ROWS, {"trial_ids": [head.trial_id]}).one()
-    names = set(stored.names or ())
-    given = trials.flat_params(known, stored)
-    whole = all(name in names for name in known.spec.space.names)
-    return Head(head.trial_id, head.number, given, whole), head.number
+        if seen["spent"] is not None:
+            raise _Nothing(f"the study's budget is spent: {seen['spent']}")
+        return None
+    names = head["names"] or []
+    given = trials.flat_of(known, head["fixed"], names, head["internals"] or [])
+    return Head(head["trial_id"], head["number"], given, set(names) >= set(known.spec.space.names))
 
 
 def _impossible(desk: Desk, known: Known, head: Head) -> str | None:
@@ -257,15 +389,12 @@ def _impossible(desk: Desk, known: Known, head: Head) -> str | None:
 
 
 def _refuse(desk: Desk, known: Known, head: Head, why: str) -> None:
-    """Fail a queued trial that can never be leased, unless stock Optuna has taken it meanwhile."""
+    """Fail a queued trial that can never be leased, unless somebody has taken it meanwhile."""
     with desk.transaction() as conn:
         lock(conn, known.study)
-        trial = conn.execute(statements.LOCK_TRIAL, {"trial_id": head.trial_id}).one_or_none()
-        if trial is None or trial.state != "WAITING":
-            return
-        writing.fail(conn, head.trial_id, f"never leased: {why}")
-        studies.settle(conn, known)
-        events.notify(conn, "trial", known.study)
+        if writing.fail_queued(conn, head.trial_id, f"never leased: {why}"):
+            studies.settle(conn, known)
+            events.notify(conn, "trial", known.study)
 
 
 def _failed(desk: Desk, known: Known, error: Exception) -> str:
@@ -281,81 +410,3 @@ def _failed(desk: Desk, known: Known, error: Exception) -> str:
                 studies.set_state(conn, known.study, "paused", storable(reason[:500]))
                 events.notify(conn, "study", known.study)
     return why
-
-
-def _lease(
-    desk: Desk,
-    known: Known,
-    bearer: Bearer,
-    once: Once | None,
-    head: Head | None,
-    suggestion: Suggestion | None,
-    number: int,
-) -> Lease:
-    def work() -> Lease:
-        lock(conn, known.study)
-        now, next_number = _look(conn, known)
-        if next_number != number or (now is None) != (head is None):
-            raise _Changed
-        return _write(desk, conn, known, bearer, head, suggestion)
-
-    with desk.transaction() as conn:
-        return guard(conn, once, Lease, work)
-
-
-def _write(
-    desk: Desk, conn: sa.Connection, known: Known, bearer: Bearer, head: Head | None, suggestion: Suggestion | None
-) -> Lease:
-    study, space = known.study, known.spec.space
-    if suggestion is not None:
-        for key, value in suggestion.study_system_attrs.items():
-            desk.storage.set_study_system_attr(study, key, value)
-    if head is None:
-        assert suggestion is not None, "a new trial needs a point"
-        marks: dict[str, Any] = {writing.ORIGIN: "suggested", **suggestion.trial_system_attrs}
-        params = writing.internal(known, suggestion.params)
-        trial_id, number = rows.insert_trial(conn, study, TrialState.RUNNING, params, marks)
-        flat: Mapping[str, Value] = suggestion.params
-    else:
-        trial_id, number, flat = head.trial_id, head.number, head.given
-        if not rows.move_trial(conn, trial_id, TrialState.RUNNING):
-            raise _Changed  # stock Optuna has taken it
-        if suggestion is not None:
-            flat = suggestion.params
-            rows.add_params(conn, trial_id, writing.internal(known, flat))
-            rows.set_system_attrs(conn, trial_id, suggestion.trial_system_attrs)
-    earlier = conn.execute(EARLIER, {"trial_id": trial_id}).one()
-    attempt = earlier.attempts + 1
-    made = conn.execute(
-        ATTEMPT,
-        {
-            "study": study,
-            "trial_id": trial_id,
-            "number": number,
-            "attempt": attempt,
-            "worker_id": bearer.worker_id,
-            "bearer": bearer.principal.id,
-            "device": bearer.device,
-            "resumed_from": earlier.saved,
-            "term_s": desk.term_s,
-        },
-    ).one()
-    events.notify(conn, "trial", study)
-    return Lease(
-        lease=made.attempt_id,
-        token=made.token,
-        study=study,
-        study_name=known.spec.name,
-        trial=number,
-        attempt=attempt,
-        workload=known.spec.workload,
-        params=space.nest(flat),
-        settings=dict(known.spec.settings),
-        seed=known.trial_seed(number),
-        term_s=desk.term_s,
-        heartbeat_s=desk.heartbeat_s,
-        stall_s=desk.stall_s,
-        artifacts=trials.artifacts(study, number, attempt),
-        resume=None if earlier.saved is None else trials.artifacts(study, number, earlier.saved),
-        last_epoch=earlier.last_epoch,
-    )

@@ -61,6 +61,9 @@ ASK_TO_STOP = sa.text("""
     WHERE study_id = :study AND state = 'leased' AND stop_requested = ''
 """)
 
+SETTLE = sa.text("SELECT whetstone.settle(:study)")
+SPENT = sa.text("SELECT whetstone.spent(:study)")
+
 LIVE = sa.text("SELECT count(*) FROM whetstone.attempts WHERE study_id = :study AND state = 'leased'")
 LOCK_TRIALS = sa.text("SELECT trial_id FROM public.trials WHERE study_id = :study ORDER BY trial_id FOR UPDATE")
 
@@ -183,7 +186,7 @@ def patch(desk: Desk, study: int, document: object) -> StudyView:
         _store(conn, row, change)
         row = reread(conn, study)
         state = row.state
-        if state == "finished" and spent(conn, known, row) is None:
+        if state == "finished" and spent(conn, study) is None:
             set_state(conn, study, "running", "")
             state = "running"
         if change.state is not None and change.state != state:
@@ -247,16 +250,7 @@ def set_state(conn: sa.Connection, study: int, state: str, reason: str) -> None:
 
 def settle(conn: sa.Connection, known: Known) -> None:
     """Finish the study if its budget is spent and nothing begun is open. The caller holds the study's lock."""
-    row = reread(conn, known.study)
-    if row.state not in ("running", "paused"):
-        return
-    why = spent(conn, known, row)
-    if why is None:
-        return
-    still = conn.execute(statements.OPEN, {"study": known.study}).one()
-    if still.leased == 0 and still.between_attempts == 0:
-        set_state(conn, known.study, "finished", why)
-        events.notify(conn, "study", known.study)
+    conn.execute(SETTLE, {"study": known.study})
 
 
 def reread(conn: sa.Connection, study: int) -> Any:
@@ -266,20 +260,10 @@ def reread(conn: sa.Connection, study: int) -> Any:
     return row
 
 
-def spent(conn: sa.Connection, known: Known, row: Any) -> str | None:
+def spent(conn: sa.Connection, study: int) -> str | None:
     """Say which budget of a study is spent, or return None. The caller holds the study's lock."""
-    if row.budget_target is not None:
-        best = conn.execute(
-            statements.best_trials(known.spec.direction), {"study": row.study_id, "limit": 1}
-        ).one_or_none()
-        if best is not None and not known.spec.better(row.budget_target, best.value):
-            return f"trial {best.number} reached {best.value:.6g}; the target was {row.budget_target:.6g}"
-    here = {"study": row.study_id}
-    if row.budget_trials is not None and conn.execute(statements.TRIALS_USED, here).scalar_one() >= row.budget_trials:
-        return "its 1 trial is done" if row.budget_trials == 1 else f"all {row.budget_trials} trials are done"
-    if row.budget_hours is not None and conn.execute(statements.HOURS_USED, here).scalar_one() >= row.budget_hours:
-        return f"its budget of training time is used ({row.budget_hours:.6g} h)"
-    return None
+    why: str | None = conn.execute(SPENT, {"study": study}).scalar_one()
+    return why
 
 
 def used_by(conn: sa.Connection, study_ids: Sequence[int]) -> dict[int, Used]:

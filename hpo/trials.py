@@ -52,9 +52,10 @@ CURVE = sa.text("""
 """)
 
 
-def artifacts(study: int, number: int, attempt: int) -> str:
-    """The folder of one attempt's checkpoints, relative to the artifacts root. Made of three integers only."""
-    return f"studies/{study}/trials/{number}/attempts/{attempt}"
+def artifacts(study: int, number: int, attempt: int | None = None) -> str:
+    """The folder of a trial, or of one attempt's checkpoints, relative to the artifacts root. Made of integers only."""
+    trial = f"studies/{study}/trials/{number}"
+    return trial if attempt is None else f"{trial}/attempts/{attempt}"
 
 
 def listing(
@@ -206,13 +207,16 @@ def attempts_of(conn: sa.Connection, study: int, trials: Sequence[tuple[int, int
 
 def flat_params(known: Known, row: Any) -> dict[str, Value]:
     """A trial's values by flat name: what was fixed when it was queued, under what was suggested since."""
+    return flat_of(known, marks_of(row).get("fixed_params"), row.names or (), row.internals or ())
+
+
+def flat_of(known: Known, fixed: object, names: Sequence[str], internals: Sequence[float]) -> dict[str, Value]:
+    """The same of what was fixed and of the parameters as Optuna stores them."""
     distributions = known.spec.space.distributions
-    marks = marks_of(row)
-    fixed = marks.get("fixed_params")
     flat: dict[str, Value] = {}
     if isinstance(fixed, Mapping):  # stock Optuna's enqueue_trial takes anything
         flat = {name: value for name, value in fixed.items() if name in distributions and _plain(value)}
-    for name, internal in zip(row.names or (), row.internals or (), strict=True):
+    for name, internal in zip(names, internals, strict=True):
         if name in distributions:
             flat[name] = cast(Value, distributions[name].to_external_repr(internal))
     return flat

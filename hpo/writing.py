@@ -24,11 +24,15 @@ AGAIN = "whetstone:again"
 INFEASIBLE = "constraints:infeasible"
 FIXED = "fixed_params"
 
-# The last finite value that a trial reported.
-LAST_REPORT = sa.text("""
-    SELECT intermediate_value FROM public.trial_intermediate_values
-    WHERE trial_id = :trial_id AND intermediate_value_type = 'FINITE' ORDER BY step DESC LIMIT 1
+# Trials that a cancel has ended count no longer, if they were ever leased.
+GIVEN_BACK = sa.text("""
+    UPDATE whetstone.studies s SET trials_used = s.trials_used - begun.trials
+    FROM (SELECT study_id, count(*) AS trials FROM whetstone.attempts
+          WHERE attempt = 1 AND trial_id = ANY(CAST(:ids AS integer[])) GROUP BY study_id) AS begun
+    WHERE s.study_id = begun.study_id
 """)
+
+WORST = sa.text("SELECT whetstone.worst(:study, NULL)")
 
 
 def queue(
@@ -68,19 +72,22 @@ def record(
     return rows.insert_trial(conn, known.study, state, internal(known, flat), marks, values=values)[0]
 
 
-def cancel(conn: sa.Connection, trial_id: int, why: str) -> bool:
-    """End an unfinished trial as cancelled; False if it had ended."""
-    marks = {CANCELLED: True, REASON: storable(why)}
-    return rows.finish_trial(conn, trial_id, TrialState.FAIL, system_attrs=marks)
+def cancel(conn: sa.Connection, trial_id: int, why: str) -> None:
+    """End an unfinished trial, whose row the caller holds, as cancelled."""
+    cancel_all(conn, [trial_id], why)
 
 
 def cancel_all(conn: sa.Connection, trial_ids: Sequence[int], why: str) -> None:
-    """End unfinished trials, whose rows the caller holds, as cancelled."""
+    """End unfinished trials, whose rows the caller holds, as cancelled. Those once begun give their budget back."""
     rows.fail_trials(conn, trial_ids, {CANCELLED: True, REASON: storable(why)})
+    conn.execute(GIVEN_BACK, {"ids": list(trial_ids)})
 
 
-def fail(conn: sa.Connection, trial_id: int, why: str) -> bool:
-    """End an unfinished trial as failed; False if it had ended."""
+def fail_queued(conn: sa.Connection, trial_id: int, why: str) -> bool:
+    """End a queued trial as failed; False (and nothing is changed) if it is queued no more."""
+    trial = conn.execute(statements.LOCK_TRIAL, {"trial_id": trial_id}).one_or_none()
+    if trial is None or trial.state != "WAITING":
+        return False
     return rows.finish_trial(conn, trial_id, TrialState.FAIL, system_attrs={REASON: storable(why)})
 
 
@@ -90,20 +97,6 @@ def internal(known: Known, flat: Mapping[str, Value]) -> dict[str, rows.Paramete
     return {name: (distributions[name].to_internal_repr(value), distributions[name]) for name, value in flat.items()}
 
 
-def worst_value(conn: sa.Connection, known: Known, trial_id: int | None = None) -> float:
-    """What an infeasible trial is worth that does not know: the worst feasible value so far.
-
-    Where there is none yet it is the last value the trial itself reported, and else 0: its constraint, not this
-    number, is what tells samplers that it is bad.
-    """
-    opposite = "minimize" if known.spec.direction == "maximize" else "maximize"
-    worst = conn.execute(statements.best_trials(opposite), {"study": known.study, "limit": 1}).one_or_none()
-    if worst is not None:
-        return float(worst.value)
-    last = None if trial_id is None else last_report(conn, trial_id)
-    return 0.0 if last is None else last
-
-
-def last_report(conn: sa.Connection, trial_id: int) -> float | None:
-    value: float | None = conn.execute(LAST_REPORT, {"trial_id": trial_id}).scalar()
-    return value
+def worst_value(conn: sa.Connection, known: Known) -> float:
+    """What an infeasible trial is worth that does not know: the worst feasible value so far, and else 0."""
+    return float(conn.execute(WORST, {"study": known.study}).scalar_one())
