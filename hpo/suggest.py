@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +25,7 @@ from hpo.room import Room, Sizes
 from hpo.samplers import Asked, Session, derive, reduce
 from hpo.space import Flat, SearchSpace
 from hpo.spec import StudySpec
+from hpo.tpe import Table
 
 RANDOM_TRIES = 1_000
 SAMPLER_TRIES = {"tpe": 8, "gp": 2, "cmaes": 8, "qmc": 64, "random": 64}
@@ -121,15 +123,15 @@ class Chooser:
     Args:
         spec: the study.
         workload: says which points can be trained.
-        opening: begins to ask its sampler, in this process or in another.
+        opening: begins to ask its sampler; in this process unless it says otherwise.
     """
 
-    def __init__(self, spec: StudySpec, workload: Workload | None = None, opening: Opening = Session) -> None:
+    def __init__(self, spec: StudySpec, workload: Workload | None = None, opening: Opening | None = None) -> None:
         self.spec = spec
         self.board = Board(spec.space)
         self._workload = workload
         self._sizes = Sizes(spec, workload)
-        self._opening = opening
+        self._opening = opening or partial(Session, table=Table(spec.space))
 
     def choose(
         self,
