@@ -26,6 +26,7 @@ from hpo.history import History
 from hpo.protocol import Workload
 from hpo.spec import StudySpec, cannot_sample, load
 from hpo.storage import PostgresStorage
+from hpo.suggester import Suggester
 
 log = logging.getLogger("whetstone")
 
@@ -47,6 +48,7 @@ class Known:
     study: int
     spec: StudySpec
     history: History
+    suggester: Suggester
     sampling: threading.Lock = field(default_factory=threading.Lock)
     unusable: str = ""
     """Why this server cannot sample for the study although it could be launched once; empty where it can."""
@@ -135,12 +137,16 @@ class Desk:
 
     def fresh(self, study: int, spec: StudySpec, unusable: str = "") -> Known:
         """Return knowledge of a study without remembering it: its launch may yet be rolled back."""
-        return Known(study, spec, History(self.engine, study), unusable=unusable)
+        history = History(self.engine, study)
+        suggester = Suggester(spec, history, self.workloads.get(spec.workload))
+        return Known(study, spec, history, suggester, unusable=unusable)
 
     def forget(self, study: int) -> None:
         """Drop what is known of a study that was deleted."""
         with self._guard:
-            self._known.pop(study, None)
+            known = self._known.pop(study, None)
+            if known is not None:
+                known.suggester.close()
             if self.guess is not None and self.guess.study == study:
                 self.guess = None
 

@@ -26,7 +26,7 @@ from hpo.desk import HISTORY_FORMAT, Desk, Known, check_format, lock, log, missi
 from hpo.errors import Conflict, DatabaseUnavailable, KeyReused, NotFound
 from hpo.idempotency import REUSED, Once
 from hpo.protocol import MAX_WAIT_S, AskRequest, ClaimRequest, Lease, Value
-from hpo.suggest import NothingFeasible, Suggestion, suggest
+from hpo.suggest import NothingFeasible, Suggestion, TooSmall
 from hpo.tokens import Principal
 
 MAX_ROUNDS = 50
@@ -91,6 +91,7 @@ class _Asking:
     def __init__(self, desk: Desk, principal: Principal, request: ClaimRequest | AskRequest, once: Once | None) -> None:
         self._desk = desk
         self._once = once
+        self._skip: list[int] = []
         self.who: dict[str, Any] = {
             "worker": request.worker,
             "device": storable(request.device) if isinstance(request, ClaimRequest) else "",
@@ -115,7 +116,7 @@ class _Asking:
         cursor = _NOWHERE
         guess = None if known is None else known.study
         seen: dict[str, Any] = database.call(
-            self._desk.engine, LOOK, self.who | cursor | {"study": study, "guess": guess, "skip": []}
+            self._desk.engine, LOOK, self.who | cursor | {"study": study, "guess": guess, "skip": self._skip}
         )
         if seen.get("missing"):
             assert study is not None
@@ -134,6 +135,10 @@ class _Asking:
             check_format(known.study, seen["format"])
             known.history.refresh()
         return seen
+
+    def pass_over(self, head: Head) -> None:
+        """Look beyond a queued trial from now on: it waits for a larger device."""
+        self._skip.append(head.trial_id)
 
     def heard_of(self, seen: Mapping[str, Any]) -> None:
         """Take down that the worker lives, if nobody has of late."""
@@ -159,6 +164,7 @@ class _Asking:
             marks = {writing.ORIGIN: "suggested", **marks}
         params = writing.internal(known, new)
         study_marks = {} if suggestion is None else suggestion.study_system_attrs
+        picked = None if suggestion is None or suggestion.pick is None else suggestion.pick
         wire = {
             "lease": 0,
             "token": 0,
@@ -183,7 +189,7 @@ class _Asking:
                 "study": study,
                 "head": None if head is None else head.trial_id,
                 "number": number,
-                "skip": [],
+                "skip": self._skip,
                 "names": list(params),
                 "internals": [internal for internal, _ in params.values()],
                 "distributions": [distribution_to_json(distribution) for _, distribution in params.values()],
@@ -191,7 +197,7 @@ class _Asking:
                 "texts": [json.dumps(value) for value in marks.values()],
                 "study_keys": list(study_marks),
                 "study_texts": [json.dumps(value) for value in study_marks.values()],
-                "picked": None,
+                "picked": None if picked is None else json.dumps({"sampler": picked.choice.name, "why": picked.why}),
                 "template": None if self._once is None else json.dumps(wire),
                 "term_s": self._desk.term_s,
             },
@@ -311,7 +317,7 @@ def _from_study(desk: Desk, study: int, asking: _Asking, wait_s: float) -> Lease
                 # Somebody is sampling, perhaps for seconds: what is queued and whole needs no sampler.
                 seen = asking.look(study, None)
                 head = _allowed(known, seen)
-                if head is not None and head.whole:
+                if head is not None and head.whole and not known.suggester.marked:
                     return asking.lease(known, head, None, head.number)
                 took = known.sampling.acquire(timeout=wait_s)
                 if not took:
@@ -329,8 +335,14 @@ def _from_study(desk: Desk, study: int, asking: _Asking, wait_s: float) -> Lease
 def _of_look(desk: Desk, known: Known, asking: _Asking, seen: Mapping[str, Any]) -> Lease:
     """Lease what the look has found, a new point if there is no queue. The caller holds the study's sampling lock."""
     head = _allowed(known, seen)
+    memory = asking.who["memory"]
+    if memory is None and seen["worker"] is not None:
+        memory = seen["worker"]["memory_bytes"]
     if head is not None and head.whole:
-        return asking.lease(known, head, None, head.number)
+        if known.suggester.fits(dict(head.given), memory):
+            return asking.lease(known, head, None, head.number)
+        asking.pass_over(head)
+        raise _Changed
     number = seen["next"] if head is None else head.number
     given: dict[str, Value] = dict(seen["fixed"])
     if head is not None:
@@ -339,13 +351,15 @@ def _of_look(desk: Desk, known: Known, asking: _Asking, seen: Mapping[str, Any])
             _refuse(desk, known, head, impossible)
             raise _Changed
         given |= head.given
-    workload = desk.workloads.get(known.spec.workload)
     try:
-        suggestion = suggest(
-            known.spec, known.history, number, known.spec.seed, given, workload=workload, refresh=False
-        )
+        suggestion = known.suggester.next(number, given, memory)
     except (NotFound, DatabaseUnavailable):
         raise
+    except TooSmall as error:
+        if head is None:
+            raise _Nothing(str(error)) from error
+        asking.pass_over(head)
+        raise _Changed from error
     except Exception as error:
         if head is not None and isinstance(error, NothingFeasible):
             # A queued point that cannot be completed must not stand in the way of the whole study.
@@ -353,7 +367,9 @@ def _of_look(desk: Desk, known: Known, asking: _Asking, seen: Mapping[str, Any])
             raise _Changed from error
         raise _Nothing(_failed(desk, known, error)) from error
     known.failures = 0
-    return asking.lease(known, head, suggestion, number)
+    lease = asking.lease(known, head, suggestion, number)
+    known.suggester.foresee(number + 1)
+    return lease
 
 
 def _allowed(known: Known, seen: Mapping[str, Any]) -> Head | None:

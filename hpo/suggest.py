@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from optuna.distributions import BaseDistribution
 
-from hpo.auto import pick
+from hpo.auto import Pick, pick
 from hpo.board import Board
 from hpo.errors import Conflict
 from hpo.history import History, Snapshot
@@ -66,6 +66,7 @@ class Suggestion:
         distributions: Optuna's, by flat name.
         trial_system_attrs: to be stored with the trial.
         study_system_attrs: to be stored with the study.
+        pick: what the sampler `auto` stood for; None where the study names another, or nothing was sampled.
     """
 
     params: Flat
@@ -73,6 +74,7 @@ class Suggestion:
     distributions: dict[str, BaseDistribution]
     trial_system_attrs: dict[str, Any] = field(default_factory=dict)
     study_system_attrs: dict[str, Any] = field(default_factory=dict)
+    pick: Pick | None = None
 
 
 def stored(space: SearchSpace, params: Flat) -> Suggestion:
@@ -150,8 +152,9 @@ class Chooser:
             if not room.holds(given):
                 raise TooSmall(_too_small(memory_bytes))
             return _as_given(spec, given, self._workload)
-        if spec.sampler.name == "auto":
-            spec = replace(spec, sampler=pick(spec, snapshot).choice)
+        picked = pick(spec, snapshot) if spec.sampler.name == "auto" else None
+        if picked is not None:
+            spec = replace(spec, sampler=picked.choice)
         search = _Search(spec, self._workload, self.board, room, number, given)
         root = spec.seed if seed is None else seed
         session = self._opening(spec, snapshot, number, root, reduce(space, given))
@@ -159,14 +162,14 @@ class Chooser:
         for _ in range(SAMPLER_TRIES[spec.sampler.name]):
             asked = session.ask()
             if search.accepts(point := search.whole(asked.reduced)):
-                return _suggestion(space, point, asked)
+                return replace(_suggestion(space, point, asked), pick=picked)
         # Chance steps in. What the sampler wrote about the refused point goes, what it wrote about the study stays: the
         # place in a sequence must not be used twice.
         rng = np.random.default_rng(derive(root, number, 1))
         found = search.by_chance(rng)
         if found is None:
             raise TooSmall(_too_small(memory_bytes))
-        return _suggestion(space, found, Asked({}, {}, asked.study_attributes))
+        return replace(_suggestion(space, found, Asked({}, {}, asked.study_attributes)), pick=picked)
 
     def room(self, memory_bytes: int | None) -> Room:
         """Return what fits a device, by the trials of the last `choose`."""

@@ -19,7 +19,7 @@ class Suggester:
     """Asks one study's sampler. Close it when the study is forgotten."""
 
     def __init__(self, spec: StudySpec, history: History, workload: Workload | None = None) -> None:
-        self._spec = spec
+        self.spec = spec
         self._history = history
         self._chooser = Chooser(spec, workload)
 
@@ -32,13 +32,18 @@ class Suggester:
             TooSmall: the device is; nothing is wrong with the study.
             NothingFeasible: no point could be found, or the one that is given can never be trained.
         """
-        snapshot = self._history.snapshot(self._spec.space)
-        return self._chooser.choose(snapshot, number, self._spec.seed, fixed, memory_bytes)
+        snapshot = self._history.snapshot(self.spec.space)
+        return self._chooser.choose(snapshot, number, self.spec.seed, fixed, memory_bytes)
 
     def fits(self, point: Flat, memory_bytes: int | None) -> bool:
         """Whether nothing says that a point, where it is complete, runs out of memory on such a device."""
-        self._chooser.board.update(self._history.snapshot(self._spec.space).entries)
-        return len(point) < len(self._spec.space.names) or self._chooser.room(memory_bytes).holds(point)
+        self._chooser.board.update(self._history.snapshot(self.spec.space).entries)
+        return len(point) < len(self.spec.space.names) or self._chooser.room(memory_bytes).holds(point)
+
+    @property
+    def marked(self) -> bool:
+        """Whether a trial has run out of memory: then not every device gets every point."""
+        return bool(self._chooser.board.marks)
 
     def foresee(self, number: int) -> None:
         """Prepare what `next` may be asked for next, if that is worth it; returns at once."""

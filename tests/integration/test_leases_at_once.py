@@ -6,14 +6,16 @@ import contextlib
 import math
 import threading
 import time
+from typing import Any
 
 import optuna
 import pytest
 import sqlalchemy as sa
 
-from hpo import leases
 from hpo.errors import Conflict, NotFound
 from hpo.protocol import Verdict
+from hpo.suggest import Suggestion
+from hpo.suggester import Suggester
 from tests.integration.leases_harness import (
     ask,
     attempts,
@@ -100,14 +102,14 @@ def test_tells_and_reports_do_not_wait_for_a_sampler(engine: sa.Engine, monkeypa
     lease = must_claim(desk)
 
     begun, go_on = threading.Event(), threading.Event()
-    suggest = leases.suggest
+    choose = Suggester.next
 
-    def slow(*args: object, **kwargs: object) -> object:
+    def slow(suggester: Suggester, *args: Any) -> Suggestion:
         begun.set()
         assert go_on.wait(30)
-        return suggest(*args, **kwargs)  # type: ignore[arg-type]
+        return choose(suggester, *args)
 
-    monkeypatch.setattr(leases, "suggest", slow)
+    monkeypatch.setattr(Suggester, "next", slow)
     found: list[object] = []
     claimer = threading.Thread(target=lambda: found.append(claim(desk, "w2")))
     claimer.start()
@@ -128,14 +130,14 @@ def test_a_study_whose_sampler_fails_is_paused_and_stands_in_nobodys_way(
     desk = coordinator(engine)
     broken, healthy = desk.create_study(study("broken")), desk.create_study(study("healthy"))
 
-    suggest = leases.suggest
+    choose = Suggester.next
 
-    def failing(spec: object, *args: object, **kwargs: object) -> object:
-        if spec.name == "broken":  # type: ignore[attr-defined]
+    def failing(suggester: Suggester, *args: Any) -> Suggestion:
+        if suggester.spec.name == "broken":
             raise FloatingPointError("singular")
-        return suggest(spec, *args, **kwargs)  # type: ignore[arg-type]
+        return choose(suggester, *args)
 
-    monkeypatch.setattr(leases, "suggest", failing)
+    monkeypatch.setattr(Suggester, "next", failing)
     with pytest.raises(Conflict, match="singular"):
         ask(desk, broken.study)
     for _ in range(3):
