@@ -128,11 +128,16 @@ def show(study: StudyName, url: Url = None, token: Token = None, json: Json = Fa
             f"budget   trials {budget['trials_used']}/{budget['trials'] or '-'}, "
             f"hours {budget['hours_used']:.2f}/{budget['hours'] or '-'}, target {budget['target'] or '-'}"
         )
-        output.out.print(f"sampler  {item['sampler']}, pruner {item['pruner']}, {item['direction']}")
+        picked = item["picked"]
+        chosen = f" ({output.escape(picked['sampler'])}: {output.escape(picked['why'])})" if picked else ""
+        output.out.print(f"sampler  {item['sampler']}{chosen}, pruner {item['pruner']}, {item['direction']}")
         if item["best"]:
             best = item["best"]
             output.out.print(f"best     trial {best['trial']}: [bold]{output.value_of(best, item['workload'])}[/]\n")
             output.out.print(output.parameter_table(best["params"]))
+        if item["fixed"]:
+            output.out.print()
+            output.out.print(output.parameter_table(item["fixed"], "Fixed; the sampler chooses the others"))
         output.out.print(f"\n{client.url}/studies/{item['study']}", soft_wrap=True)
 
 
@@ -158,6 +163,31 @@ def resume(study: StudyName, url: Url = None, token: Token = None) -> None:
 def stop(study: StudyName, url: Url = None, token: Token = None) -> None:
     """End a study: running trials write a checkpoint and are cancelled."""
     _patch(study, url, token, "stopped")
+
+
+@app.command()
+def fix(
+    study: StudyName,
+    params: Annotated[
+        str, typer.Argument(help='What to fix, as YAML or JSON: "{mu: 0.9, eta: {conv1: 0.01}}"; null releases it.')
+    ] = "",
+    release: Annotated[bool, typer.Option("--release", help="Release everything that is fixed.")] = False,
+    url: Url = None,
+    token: Token = None,
+    json: Json = False,
+) -> None:
+    """Fix hyperparameters for the rest of a study, or release them; the sampler chooses the others."""
+    if bool(params) == release:
+        raise Invalid([Fault("", "give PARAMS to fix, or --release, one of them")], "the command")
+    change = None if release else yaml_document.read(params, "fixed", "the command")
+    with connect(url, token) as client:
+        item = client.patch(f"/api/v1/studies/{find_study(client, study)['study']}", json={"fixed": change})
+    if json:
+        output.print_json(item)
+    elif item["fixed"]:
+        output.out.print(output.parameter_table(item["fixed"], f"Fixed in study {item['study']}"))
+    else:
+        output.out.print(f"Nothing is fixed in study {item['study']}.")
 
 
 @app.command()

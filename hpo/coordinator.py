@@ -130,7 +130,7 @@ class Coordinator:
 
     @_counted
     def patch_study(self, study: int, document: Mapping[str, Any]) -> StudyView:
-        """Change state, budget, concurrency or notes. Raises `Conflict` that names the allowed states."""
+        """Change state, budget, concurrency, notes or what is fixed. Raises `Conflict` that names what is allowed."""
         return studies.patch(self._desk, study, document)
 
     @_counted

@@ -63,6 +63,7 @@ class StudyForm(Form):
     max_attempts: Annotated[int, Field(ge=1, le=100)] = 3
     seed: Annotated[int, Field(ge=0, le=MAX_INTEGER)] | None = None
     points: Annotated[list[Any], Field(max_length=10_000)] = Field(default_factory=list)
+    fixed: dict[str, Any] = Field(default_factory=dict)
 
 
 class StoredForm(StudyForm):
@@ -77,6 +78,8 @@ class ChangeForm(Form):
     budget: BudgetForm | None = None
     concurrency: Annotated[int, Field(ge=1, le=100_000)] | None = None
     notes: Annotated[str, StringConstraints(max_length=20_000)] | None = None
+    fixed: dict[str, Any] | None = None
+    """What it names is fixed from now on, what it names with null is released; null itself releases all."""
 
 
 class TrialForm(Form):

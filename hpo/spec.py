@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import importlib.util
 import secrets
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final, Literal
 
-import numpy as np
-
+from hpo import feasibility, fixed
 from hpo.document import (
     PRUNERS,
     SAMPLERS,
@@ -34,12 +32,11 @@ from hpo.document import (
 )
 from hpo.errors import Fault, Invalid
 from hpo.parameters import read_space
-from hpo.protocol import Point, Workload
+from hpo.protocol import Value, Workload
 from hpo.space import Flat, SearchSpace, show
 
 EXTERNAL = "external"
 """The workload of clients that evaluate an objective of their own; it has no settings to check."""
-FEASIBILITY_PROBES = 64
 
 
 class Unset(Enum):
@@ -73,7 +70,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class StudySpec:
-    """Everything a study was launched with. `points` are flat and may be partial."""
+    """Everything a study was launched with. `points` and `fixed` are flat and may be partial."""
 
     name: str
     workload: str
@@ -89,6 +86,7 @@ class StudySpec:
     concurrency: int | None = None
     max_attempts: int = 3
     points: tuple[Flat, ...] = ()
+    fixed: Flat = field(default_factory=dict)
 
     def better(self, first: float, second: float) -> bool:
         """Tell whether the value `first` beats `second`."""
@@ -97,12 +95,13 @@ class StudySpec:
 
 @dataclass(frozen=True)
 class StudyChange:
-    """What a PATCH names. Fields not named are None (`state`, `notes`), `UNSET`, or absent from `budget`."""
+    """What a PATCH names. Fields not named are None (`state`, `notes`), `UNSET`, or absent from `budget`, `fixed`."""
 
     state: Literal["running", "paused", "stopped"] | None = None
     budget: Mapping[str, int | float | None] = field(default_factory=dict)
     concurrency: int | Literal[Unset.UNSET] | None = UNSET
     notes: str | None = None
+    fixed: Mapping[str, Value | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -163,6 +162,8 @@ def _read(
     part_faults = space_faults + sampler_faults + pruner_faults
     points, point_faults = _points(given.get("points", []), space)
     part_faults += point_faults
+    held, fixed_faults = _fixed(given.get("fixed", {}), space)
+    part_faults += fixed_faults
     workload, workload_faults = (None, []) if workloads is None else _workload(given, workloads)
     settings = given.get("settings", {})
     if workload is not None and isinstance(settings, Mapping) and not _within("settings", faults):
@@ -173,8 +174,8 @@ def _read(
     spotted = {fault.at for fault in faults}
     faults += [fault for fault in part_faults if fault.at not in spotted]
     if not faults and workload is not None and space is not None:
-        faults += _feasibility(space, workload, settings)
-        faults += _impossible_points(points, space, workload, settings)
+        faults += feasibility.faults_of(space, workload, settings, held)
+        faults += feasibility.point_faults(points, space, workload, settings)
     if faults:
         raise Invalid(list(dict.fromkeys(faults)), what="the study")
     assert form is not None
@@ -196,11 +197,12 @@ def _read(
         concurrency=form.concurrency,
         max_attempts=form.max_attempts,
         points=tuple(points),
+        fixed=held,
     )
 
 
-def parse_change(document: object) -> StudyChange:
-    """Read the body of a PATCH.
+def parse_change(document: object, space: SearchSpace) -> StudyChange:
+    """Read the body of a PATCH to a study of this space.
 
     Raises:
         Invalid: names every fault; a change that names nothing is one.
@@ -214,6 +216,11 @@ def parse_change(document: object) -> StudyChange:
         faults += [Fault(name, "cannot be null") for name in ("state", "budget", "notes") if _named_null(form, name)]
         if not named:
             faults.append(Fault("", f"names nothing to change; {suggest_name(None, ChangeForm.model_fields)}"))
+    changes: fixed.Changes = {}
+    if isinstance(document, Mapping) and "fixed" in document and readable:
+        changes, more = fixed.read(document["fixed"], space)
+        spotted = {fault.at for fault in faults}
+        faults += [fault for fault in more if fault.at not in spotted]
     if faults or form is None:
         raise Invalid(faults, what="the change")
     budget = form.budget or BudgetForm()
@@ -222,6 +229,7 @@ def parse_change(document: object) -> StudyChange:
         budget={name: getattr(budget, name) for name in sorted(budget.model_fields_set)},
         concurrency=form.concurrency if "concurrency" in named else UNSET,
         notes=form.notes,
+        fixed=changes,
     )
 
 
@@ -275,6 +283,7 @@ def dump(spec: StudySpec) -> dict[str, Any]:
         "max_attempts": spec.max_attempts,
         "seed": spec.seed,
         "points": [spec.space.nest(point) for point in spec.points],
+        "fixed": spec.space.nest(spec.fixed),
     }
 
 
@@ -351,27 +360,8 @@ def _points(data: object, space: SearchSpace | None) -> tuple[list[Flat], list[F
     return points, faults
 
 
-def _feasibility(space: SearchSpace, workload: Workload, settings: Mapping[str, Any]) -> list[Fault]:
-    """Look for one point that can be trained; the draws are fixed, so that the same document gets the same answer."""
-    rng = np.random.default_rng(0)
-    reasons: Counter[str] = Counter()
-    for _ in range(FEASIBILITY_PROBES):
-        reason = workload.feasible(space.nest(space.random(rng)), settings)
-        if reason is None:
-            return []
-        reasons[reason] += 1
-    reason = reasons.most_common(1)[0][0]
-    return [Fault("space", f"none of {FEASIBILITY_PROBES} random points can be trained: {reason}")]
-
-
-def _impossible_points(
-    points: Sequence[Flat], space: SearchSpace, workload: Workload, settings: Mapping[str, Any]
-) -> list[Fault]:
-    faults = []
-    for place, flat in enumerate(points):
-        if len(flat) == len(space.names):
-            point: Point = space.nest(flat)
-            reason = workload.feasible(point, settings)
-            if reason is not None:
-                faults.append(Fault(f"points[{place}]", f"can never be trained: {reason}"))
-    return faults
+def _fixed(data: object, space: SearchSpace | None) -> tuple[Flat, list[Fault]]:
+    if space is None or not isinstance(data, Mapping):
+        return {}, []  # its form has said so
+    changes, faults = fixed.read(data, space)
+    return fixed.merged(space, {}, changes), faults

@@ -16,9 +16,9 @@ import sqlalchemy as sa
 from optuna.exceptions import DuplicatedStudyError
 from optuna.study import StudyDirection
 
-from hpo import events, statements, trials, writing
+from hpo import events, feasibility, fixed, statements, trials, writing
 from hpo.desk import HISTORY_FORMAT, Desk, Known, lock, missing, one_fault, storable, too_new
-from hpo.errors import Conflict
+from hpo.errors import Conflict, Invalid
 from hpo.idempotency import Once, answered, guard
 from hpo.spec import UNSET, StudyChange, StudySpec, dump, parse, parse_change
 from hpo.views import STUDY_STATES, TRIAL_STATES, BudgetView, Page, StudyView
@@ -32,14 +32,16 @@ _ALLOWED = {
 
 INSERT = sa.text("""
     INSERT INTO whetstone.studies
-        (study_id, spec, workload, seed, budget_trials, budget_hours, budget_target, concurrency, max_attempts, notes)
-    VALUES (:study, CAST(:spec AS jsonb), :workload, :seed, :trials, :hours, :target, :concurrency, :attempts, :notes)
+        (study_id, spec, workload, seed, budget_trials, budget_hours, budget_target, concurrency, max_attempts, notes,
+         fixed)
+    VALUES (:study, CAST(:spec AS jsonb), :workload, :seed, :trials, :hours, :target, :concurrency, :attempts, :notes,
+            CAST(:fixed AS jsonb))
 """)
 
 CHANGE = sa.text("""
     UPDATE whetstone.studies
     SET budget_trials = :trials, budget_hours = :hours, budget_target = :target, concurrency = :concurrency,
-        notes = :notes
+        notes = :notes, fixed = CAST(:fixed AS jsonb)
     WHERE study_id = :study
 """)
 
@@ -112,6 +114,7 @@ def store(desk: Desk, conn: sa.Connection, spec: StudySpec) -> StudyView:
         "concurrency": spec.concurrency,
         "attempts": spec.max_attempts,
         "notes": spec.notes,
+        "fixed": json.dumps(spec.fixed),
     }
     conn.execute(INSERT, row)
     writing.queue_all(conn, study, spec.points)
@@ -169,21 +172,23 @@ def get(desk: Desk, study: int) -> StudyView:
 
 
 def patch(desk: Desk, study: int, document: object) -> StudyView:
-    """Change a study's state, budget, concurrency or notes while it runs.
+    """Change a study's state, budget, concurrency, notes or fixed parameters while it runs.
 
     A finished study whose budget is raised runs again; one whose new budget is spent already finishes when its running
     trials have. A stopped study may run again: what was cancelled stays so until it is queued anew.
+    What is fixed counts from the next suggestion on: trials that run or are queued keep their points.
 
     Raises:
         NotFound: there is none with that id.
         Invalid: names every fault of the change.
         Conflict: the study's state does not allow it; the message names what is allowed.
     """
-    change = parse_change(document)
     with desk.transaction() as conn:
         known = desk.known(conn, study)
+    change = parse_change(document, known.spec.space)
+    with desk.transaction() as conn:
         row = lock(conn, study)
-        _store(conn, row, change)
+        _store(desk, conn, known, row, change)
         row = reread(conn, study)
         state = row.state
         if state == "finished" and spent(conn, study) is None:
@@ -197,11 +202,18 @@ def patch(desk: Desk, study: int, document: object) -> StudyView:
         return view_of(conn, known)
 
 
-def _store(conn: sa.Connection, row: Any, change: StudyChange) -> None:
+def _store(desk: Desk, conn: sa.Connection, known: Known, row: Any, change: StudyChange) -> None:
     budget = {"trials": row.budget_trials, "hours": row.budget_hours, "target": row.budget_target} | dict(change.budget)
     concurrency = row.concurrency if change.concurrency is UNSET else change.concurrency
     notes = row.notes if change.notes is None else change.notes
-    conn.execute(CHANGE, {"study": row.study_id, **budget, "concurrency": concurrency, "notes": notes})
+    held = fixed.merged(known.spec.space, row.fixed, change.fixed)
+    workload = desk.workloads.get(known.spec.workload)
+    if change.fixed and workload is not None:
+        faults = feasibility.fixed_faults(known.spec.space, workload, known.spec.settings, held)
+        if faults:
+            raise Invalid(faults, what="the change")
+    changed = {"concurrency": concurrency, "notes": notes, "fixed": json.dumps(held)}
+    conn.execute(CHANGE, {"study": row.study_id, **budget, **changed})
 
 
 def _move(conn: sa.Connection, row: Any, state: str, wanted: str) -> None:
@@ -314,7 +326,8 @@ def _closed(row: Any) -> StudyView:
 def _view(conn: sa.Connection, known: Known, row: Any, counts: dict[Any, int], used: Used) -> StudyView:
     best = trials.best_of(conn, known, 1)
     budget = {"trials": row.budget_trials, "hours": row.budget_hours, "target": row.budget_target}
-    spec = row.spec | {"budget": budget, "concurrency": row.concurrency, "notes": row.notes}
+    held = known.spec.space.nest(known.spec.space.cast(row.fixed))
+    spec = row.spec | {"budget": budget, "concurrency": row.concurrency, "notes": row.notes, "fixed": held}
     return StudyView(
         study=row.study_id,
         name=row.study_name,
@@ -333,4 +346,6 @@ def _view(conn: sa.Connection, known: Known, row: Any, counts: dict[Any, int], u
         created_at=row.created_at,
         finished_at=row.finished_at,
         spec=spec,
+        fixed=held,
+        picked=row.picked,
     )

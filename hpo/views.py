@@ -8,7 +8,9 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any, Generic, Literal, TypeVar, get_args
 
-from hpo.protocol import Point, TaskAnswers, Wire
+from pydantic import Field
+
+from hpo.protocol import Answer, Point, TaskAnswers, Wire
 
 StudyState = Literal["running", "paused", "stopped", "finished"]
 STUDY_STATES: tuple[StudyState, ...] = get_args(StudyState)
@@ -139,6 +141,13 @@ class TrialDetail(TrialView):
     """Folder with the best checkpoint, relative to the artifacts root, or null."""
 
 
+class PickedView(Answer):
+    """The sampler that "auto" has picked, and why."""
+
+    sampler: str
+    why: str
+
+
 class StudyView(Wire):
     study: int
     name: str
@@ -159,6 +168,10 @@ class StudyView(Wire):
     created_at: datetime
     finished_at: datetime | None
     spec: dict[str, Any]
+    fixed: Point = Field(default_factory=dict)
+    """Parameters fixed for the rest of the study; what is suggested next has these values."""
+    picked: PickedView | None = None
+    """What the sampler "auto" stands for now; null for another sampler, and until it has picked."""
     unreadable: str = ""
     """Why this server cannot read its trials (they are then not counted here); empty where it can."""
 

@@ -13,7 +13,7 @@ from api.pages import words
 from api.pages.access import Actor, Reader
 from api.pages.base import Cursor, Hpo, Number, Study, router
 from api.pages.render import POLL_S, live, page
-from hpo import yaml_document
+from hpo import fixed, yaml_document
 from hpo.errors import Fault, Invalid
 from hpo.views import STUDY_STATES, TRIAL_STATES, ProgressPoint, StudyState, StudyView, TrialState
 
@@ -224,7 +224,14 @@ def config(request: Request, _: Reader, hpo: Hpo, study: Study) -> Response:
     return _config(request, hpo.get_study(study), {}, ())
 
 
-def _config(request: Request, study: StudyView, typed: dict[str, str], faults: tuple[Fault, ...]) -> Response:
+def _config(
+    request: Request,
+    study: StudyView,
+    typed: dict[str, str],
+    faults: tuple[Fault, ...],
+    typed_fixed: str | None = None,
+    fixed_faults: tuple[Fault, ...] = (),
+) -> Response:
     stored = {
         "trials": study.budget.trials,
         "hours": study.budget.hours,
@@ -238,10 +245,12 @@ def _config(request: Request, study: StudyView, typed: dict[str, str], faults: t
         "study_config.html",
         study,
         "config",
-        status=422 if faults else 200,
+        status=422 if faults or fixed_faults else 200,
         typed={**shown, **typed},
         faults=faults,
         at_fault={fault.at for fault in faults},
+        typed_fixed=(yaml_document.write(study.fixed) if study.fixed else "") if typed_fixed is None else typed_fixed,
+        fixed_faults=fixed_faults,
     )
 
 
@@ -268,6 +277,24 @@ def change(
         hpo.patch_study(study, wanted)
     except Invalid as error:
         return _config(request, hpo.get_study(study), typed, error.faults)
+    return RedirectResponse(f"/studies/{study}/config", status_code=303)
+
+
+@routes.post("/studies/{study}/fixed")
+def fix(
+    request: Request,
+    _: Actor,
+    hpo: Hpo,
+    study: Study,
+    typed: Annotated[str, Form(alias="fixed", max_length=1_000_000)] = "",
+) -> Response:
+    """What is fixed from now on: the whole of it, so that what is not in the form is released."""
+    view = hpo.get_study(study)
+    try:
+        wanted = yaml_document.read(typed, "fixed") if typed.strip() else {}
+        hpo.patch_study(study, {"fixed": fixed.replacing(view.fixed, wanted)})
+    except Invalid as error:
+        return _config(request, view, {}, (), newlines(typed), error.faults)
     return RedirectResponse(f"/studies/{study}/config", status_code=303)
 
 

@@ -65,8 +65,12 @@ def get_study(study: StudyId, hpo: Hpo) -> StudyView:
 
 @router.patch("/studies/{study}", **needs("admin", 400, 404, 409, 413, 415, body=openapi.CHANGE_BODY))
 def change_study(study: StudyId, hpo: Hpo, sent: Document) -> StudyView:
-    """Pause, resume or stop a study, or change its budget, concurrency or notes, while it runs."""
-    return hpo.patch_study(study, sent.checked_by(spec.parse_change))
+    """Pause, resume or stop a study, or change its budget, concurrency, notes or fixed parameters, while it runs."""
+
+    def judge(document: object) -> None:
+        spec.parse_change(document, spec.load(hpo.get_study(study).spec).space)
+
+    return hpo.patch_study(study, sent.checked_by(judge))
 
 
 @router.delete("/studies/{study}", status_code=204, **needs("admin", 404, 409))

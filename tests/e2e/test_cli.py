@@ -150,6 +150,19 @@ def test_a_study_is_steered_by_name(server: Server) -> None:
     assert "whetstone study list" in missing.stderr
 
 
+def test_parameters_are_fixed_and_released(server: Server) -> None:
+    server("study", "launch", "-", text=study("fixed"))
+    done = server("study", "fix", "fixed", "{mu: 0.5, eta: {conv1: 0.01}}", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["fixed"] == {"eta": {"conv1": 0.01}, "mu": 0.5}
+    assert "Fixed" in server("study", "show", "fixed").stdout
+    wrong = server("study", "fix", "fixed", "{mu: 5}")
+    assert wrong.returncode == 2
+    assert "fixed.mu" in wrong.stderr
+    assert server("study", "fix", "fixed").returncode == 2
+    assert "Nothing is fixed" in server("study", "fix", "fixed", "--release").stdout
+
+
 def test_points_of_ones_own_are_queued_recorded_and_cancelled(server: Server) -> None:
     server("study", "launch", "-", text=study("points"))
     queued = server("trial", "add", "points", "{eta: 0.01, mu: 0.5}", "--json")

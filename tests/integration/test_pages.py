@@ -274,6 +274,25 @@ def test_budget_concurrency_and_notes_change_while_it_runs(admin: TestClient, hp
     assert hpo.get_study(study).budget.trials == 20
 
 
+def test_parameters_are_fixed_and_released_in_a_form(admin: TestClient, hpo: Coordinator) -> None:
+    made = hpo.create_study(SIAMESE)
+    at = f"/studies/{made.study}"
+    name = made.spec["space"][0]["name"]
+    labels = made.spec["space"][0]["labels"]
+    admin.post(f"{at}/fixed", data={"fixed": f"{name}: 0.01"})
+    assert hpo.get_study(made.study).fixed == {name: dict.fromkeys(labels, 0.01)}
+    assert "Fixed hyperparameters" in admin.get(at).text
+    assert f"{labels[0]}: 0.01" in admin.get(f"{at}/config").text
+    admin.post(f"{at}/fixed", data={"fixed": f"{name}: {{{labels[0]}: 0.02}}"})
+    assert hpo.get_study(made.study).fixed == {name: {labels[0]: 0.02}}, "what is taken out of the form is released"
+    refused = admin.post(f"{at}/fixed", data={"fixed": f"{name}: often"})
+    assert refused.status_code == 422
+    assert "must be a number" in refused.text
+    assert f"{name}: often" in refused.text, "what was typed is kept"
+    admin.post(f"{at}/fixed", data={"fixed": " "})
+    assert hpo.get_study(made.study).fixed == {}
+
+
 def test_a_point_of_ones_own_is_queued_and_a_wrong_one_kept_for_correction(admin: TestClient, hpo: Coordinator) -> None:
     study = hpo.create_study(SIAMESE).study
     page = admin.get(f"/studies/{study}/queue").text

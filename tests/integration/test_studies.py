@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from hpo.errors import Conflict, Invalid, NotFound
+from hpo.errors import Conflict, Fault, Invalid, NotFound
 from hpo.protocol import Verdict
 from tests.integration.leases_harness import (
+    Ball,
     ask,
     claim,
     coordinator,
@@ -408,3 +409,46 @@ def test_stats_count_what_is_there_and_what_was_called(engine: sa.Engine) -> Non
     assert stats["leases"] == 1
     assert stats["calls"]["claim"]["count"] == 3
     assert stats["calls"]["claim"]["seconds"] > stats["calls"]["tell"]["seconds"] / 100
+
+
+# Fixed parameters
+
+
+def test_parameters_are_fixed_and_released_while_a_study_runs(engine: sa.Engine) -> None:
+    desk = coordinator(engine)
+    made = desk.create_study(study(fixed={"x": 0.25}))
+    assert made.fixed == {"x": 0.25} == made.spec["fixed"]
+    changed = desk.patch_study(made.study, {"fixed": {"eta": {"fc": 0.01}}, "notes": "the last layer stays"})
+    assert changed.fixed == {"x": 0.25, "eta": {"fc": 0.01}}, "what a change does not name stays fixed"
+    released = desk.patch_study(made.study, {"fixed": {"x": None}})
+    assert (released.fixed, released.spec["fixed"]) == ({"eta": {"fc": 0.01}},) * 2
+    assert desk.export(made.study)["study"]["fixed"] == {"eta": {"fc": 0.01}}
+    assert desk.list_studies().items[0].fixed == {"eta": {"fc": 0.01}}
+    assert desk.patch_study(made.study, {"fixed": None}).fixed == {}
+
+
+def test_what_is_fixed_must_leave_a_point_that_can_be_trained(engine: sa.Engine) -> None:
+    desk = coordinator(engine, ball=Ball(limit=0.5))
+    made = desk.create_study(study(fixed={"eta": 0.01}))
+    with pytest.raises(Invalid) as partly:
+        desk.patch_study(made.study, {"fixed": {"eta": None, "x": 0.75}})
+    assert "x must be below 0.5" in partly.value.faults[0].fault
+    with pytest.raises(Invalid) as wholly:
+        desk.patch_study(made.study, {"fixed": {"x": 0.75}, "notes": "unchanged"})
+    assert wholly.value.faults[0] == Fault("fixed", "this point can never be trained: x must be below 0.5")
+    view = desk.get_study(made.study)
+    assert (view.fixed, view.notes) == ({"eta": {"conv": 0.01, "fc": 0.01}}, "")
+
+
+def test_the_sampler_that_auto_picked_is_shown(engine: sa.Engine) -> None:
+    desk = coordinator(engine)
+    made = desk.create_study(study())
+    assert made.picked is None
+    with engine.begin() as conn:
+        conn.execute(
+            sa.text("UPDATE whetstone.studies SET picked = CAST(:picked AS jsonb)"),
+            {"picked": '{"sampler": "gp", "why": "few dimensions"}'},
+        )
+    picked = desk.get_study(made.study).picked
+    assert picked is not None
+    assert (picked.sampler, picked.why) == ("gp", "few dimensions")

@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 from datetime import date
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hpo.errors import Fault, Invalid
+from hpo.fixed import merged, replacing
 from hpo.spec import UNSET, dump, load, parse, parse_change, parse_trial
 
 
@@ -48,6 +50,8 @@ DOCUMENT: dict[str, Any] = {
     "seed": 7,
 }  # fmt: skip
 
+SPACE = parse(DOCUMENT, WORKLOADS).space
+
 
 def document(**changes: Any) -> dict[str, Any]:
     return {**copy.deepcopy(DOCUMENT), **changes}
@@ -68,7 +72,9 @@ def faults_of(given: Any, workloads: Mapping[str, Any] = WORKLOADS) -> dict[str,
 
 
 def test_a_document_survives_being_written_out_and_read_again() -> None:
-    spec = parse(document(points=[{"eta": 0.01}, {"lambda": {"convs": 0.05}, "batch": 16}]), WORKLOADS)
+    spec = parse(
+        document(points=[{"eta": 0.01}, {"lambda": {"convs": 0.05}, "batch": 16}], fixed={"init": "he"}), WORKLOADS
+    )
     text = json.dumps(dump(spec), allow_nan=False)
     assert parse(json.loads(text), WORKLOADS) == spec
     assert parse(yaml.safe_load(yaml.safe_dump(dump(spec))), WORKLOADS) == spec
@@ -286,11 +292,45 @@ def test_no_value_anywhere_does_worse_than_be_refused_in_clean_text(
 
 
 def test_a_change_keeps_null_apart_from_absence() -> None:
-    change = parse_change({"budget": {"hours": None, "trials": 30}, "concurrency": None})
+    change = parse_change({"budget": {"hours": None, "trials": 30}, "concurrency": None}, SPACE)
     assert change.budget == {"hours": None, "trials": 30}
     assert change.concurrency is None
     assert change.state is None
-    assert parse_change({"state": "paused"}).concurrency is UNSET
+    assert parse_change({"state": "paused"}, SPACE).concurrency is UNSET
+
+
+def test_a_change_fixes_what_it_names_and_releases_what_is_null() -> None:
+    def change(fixed: object) -> Any:
+        return parse_change({"fixed": fixed}, SPACE).fixed
+
+    assert change({"batch": 16, "init": True}) == {"batch": 16, "init": True}
+    assert change({"eta": {"conv1": 0.01, "fc": None}}) == {"eta[conv1]": 0.01, "eta[fc]": None}
+    assert change({"eta": None}) == {"eta[conv1]": None, "eta[conv2]": None, "eta[fc]": None}
+    assert change({"lambda": {"conv2": 0.05}}) == {"lambda[conv1]": 0.05, "lambda[conv2]": 0.05}, "tied: one for all"
+    assert change({"lambda": {"convs": None}}) == {"lambda[conv1]": None, "lambda[conv2]": None}
+    assert change(None) == dict.fromkeys(SPACE.names)
+    assert change({}) == {}
+    assert merged(SPACE, {"batch": 16, "eta[fc]": 0.1}, {"batch": None, "init": "he"}) == {"eta[fc]": 0.1, "init": "he"}
+
+
+@given(st.data())
+def test_a_change_to_replace_what_is_fixed_leaves_exactly_that(data: st.DataObject) -> None:
+    def some() -> dict[str, Any]:
+        flat = SPACE.random(np.random.default_rng(data.draw(st.integers(0, 99))))
+        kept = data.draw(st.sets(st.sampled_from(sorted(set(SPACE.heads.values())))))
+        return {name: value for name, value in flat.items() if SPACE.heads[name] in kept}
+
+    before, wanted = some(), some()
+    change = replacing(SPACE.nest(before), SPACE.nest(wanted))
+    assert merged(SPACE, before, parse_change({"fixed": change}, SPACE).fixed) == wanted
+
+
+def test_what_is_fixed_at_launch_must_leave_a_point_that_can_be_trained() -> None:
+    assert parse(document(fixed={"batch": 16}), WORKLOADS).fixed == {"batch": 16}
+    assert parse(document(fixed={"lambda": 0.05}), WORKLOADS).fixed == dict.fromkeys(SPACE.names[3:6], 0.05)
+    assert "the batch is odd" in faults_of(document(fixed={"batch": 15}))["fixed"]
+    whole = {"eta": 0.01, "lambda": 0.05, "init": "he", "batch": 15}
+    assert faults_of(document(fixed=whole))["fixed"] == "this point can never be trained: the batch is odd"
 
 
 @pytest.mark.parametrize(
@@ -302,12 +342,20 @@ def test_a_change_keeps_null_apart_from_absence() -> None:
         ({"seed": 3}, "seed"),
         ({"budget": {"trials": -1}}, "budget.trials"),
         ({"notes": "\0"}, "notes"),
+        ({"fixed": {"eta": {"conv1": 1.0}}}, "fixed.eta.conv1"),
+        ({"fixed": {"eta": {"conv7": None}}}, "fixed.eta.conv7"),
+        ({"fixed": {"mu": None}}, "fixed.mu"),
+        ({"fixed": {"batch": {"conv1": None}}}, "fixed.batch"),
+        ({"fixed": {"batch": math.nan}}, "fixed.batch"),
+        ({"fixed": {"lambda": {"conv1": 0.05, "conv2": 0.06}}}, "fixed.lambda.conv2"),
+        ({"fixed": {"lambda": {"conv1": 0.05, "conv2": None}}}, "fixed.lambda"),
+        ({"fixed": [1]}, "fixed"),
         ([], ""),
     ],
 )
 def test_a_wrong_change_is_named(body: Any, at: str) -> None:
     with pytest.raises(Invalid) as caught:
-        parse_change(body)
+        parse_change(body, SPACE)
     assert [fault.at for fault in caught.value.faults] == [at]
 
 
