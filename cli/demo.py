@@ -29,9 +29,9 @@ from hpo.errors import WhetstoneError
 if TYPE_CHECKING:
     import subprocess
 
+    from hpo.rest import Client
     from model.dataset import Choice
     from model.drawings import Dataset
-    from workers.client import Client
 
 PRESET = "mini"
 COORDINATOR_METRIC = re.compile(
@@ -117,7 +117,7 @@ def _run(
     workers: int,
     trials: int | None,
 ) -> None:
-    from workers.client import Client
+    from hpo.rest import Client
 
     output.out.print("[bold]Whetstone demo[/]: tuning the Siamese one-shot network on this machine\n")
     dataset = _prepare(chosen)
@@ -257,7 +257,7 @@ def _sign_in_link(client: Client) -> str:
 
 def _watch(client: Client, parts: Parts, study: int) -> None:
     """Show the study until it is finished."""
-    from workers.client import ServerUnreachable
+    from hpo.rest import ServerUnreachable
 
     path = f"/api/v1/studies/{study}"
     began, shown = time.monotonic(), set[int]()

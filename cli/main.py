@@ -69,7 +69,7 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit code."""
-    from workers.client import ApiError
+    from hpo.rest import ApiError
 
     try:
         register()(args=arguments, prog_name="whetstone")

@@ -10,7 +10,7 @@ from cli import settings as settings_module
 from hpo.errors import Fault, Invalid, NotFound
 
 if TYPE_CHECKING:
-    from workers.client import Client
+    from hpo.rest import Client
 
 Url = Annotated[
     str | None, typer.Option("--url", help="Address of the server.", envvar="WHETSTONE_URL", show_default=False)
@@ -24,7 +24,7 @@ StudyName = Annotated[str, typer.Argument(metavar="STUDY", help="A study's numbe
 
 
 def connect(url: str | None, token: str | None) -> Client:
-    from workers.client import Client
+    from hpo.rest import Client
 
     where, secret = settings_module.address(settings_module.load(), url, token)
     try:

@@ -22,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from workers.client import Backoff
+from hpo.rest import Backoff
 
 log = logging.getLogger("whetstone.worker")
 

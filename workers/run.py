@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from hpo.protocol import MAX_WAIT_S, ClaimRequest, Lease, WorkerHello, WorkerPlace
+from hpo.rest import ApiError, Backoff, Client, ServerUnreachable, is_transient, new_key
 from workers.artifacts import Artifacts, ArtifactsUnusable
-from workers.client import ApiError, Backoff, Client, ServerUnreachable, is_transient, new_key
 from workers.device import Device, DeviceUnusable, candidates, probe
 from workers.stop import Stop, Stopped
 from workers.trial import Conductor, Leave

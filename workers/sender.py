@@ -16,7 +16,7 @@ from collections import deque
 from itertools import islice
 
 from hpo.protocol import EpochReport, Lease, ReportReply, ReportRequest, Verdict
-from workers.client import ApiError, Backoff, Client, ServerUnreachable
+from hpo.rest import ApiError, Backoff, Client, ServerUnreachable
 
 log = logging.getLogger("whetstone.worker")
 

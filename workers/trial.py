@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hpo.protocol import EpochReport, Lease, ReleaseReason, ReleaseRequest, TaskAnswers, TellRequest, Verdict
+from hpo.rest import ApiError, Backoff, Client, ServerUnreachable, is_transient
 from workers.artifacts import Artifacts, Place, UnsafeName
-from workers.client import ApiError, Backoff, Client, ServerUnreachable, is_transient
 from workers.sender import Sender
 from workers.stop import Stop, Stopped
 from workers.unsent import Unsent

@@ -15,7 +15,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from workers.client import ApiError, Client, ServerUnreachable, is_transient
+from hpo.rest import ApiError, Client, ServerUnreachable, is_transient
 
 log = logging.getLogger("whetstone.worker")
 _LARGEST = 1_000_000

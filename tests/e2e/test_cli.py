@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hpo.rest import ApiError, Client
 from tests.faults.service import SPACE, TINY_SETTINGS
-from workers.client import ApiError, Client
 
 
 def environment(home: Path, **more: str) -> dict[str, str]:

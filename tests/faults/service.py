@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from workers.client import ApiError, Client, ServerUnreachable
+from hpo.rest import ApiError, Client, ServerUnreachable
 
 ADMIN, WORKER = "wst_admin_of_the_fault_tests", "wst_worker_of_the_fault_tests"
 

@@ -16,11 +16,11 @@ from typing import Any
 from sqlalchemy import Engine
 
 from hpo.coordinator import Coordinator
+from hpo.rest import Client
 from model.checkpoint import Checkpoints
 from model.spec import SiameseWorkload
 from tests.faults.service import study
 from tests.integration.api_server import SECRETS, make_app, served
-from workers.client import Client
 from workers.run import Worker, run
 from workers.stop import Stop, Stopped
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from hpo.protocol import EpochReport, Verdict
+from hpo.rest import Client
 from tests.unit.worker_server import Drop, Reply, Seen, Server, a_lease, refusal, serving, until
-from workers.client import Client
 from workers.sender import Sender
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from hpo.protocol import EpochReport, Lease, Verdict
+from hpo.rest import Client
 from tests.unit.worker_server import Drop, Reply, Seen, Server, a_lease, refusal, serving, until
 from workers.artifacts import Artifacts, Place
-from workers.client import Client
 from workers.siamese import Ended, MachineUnfit
 from workers.stop import Stop
 from workers.trial import Conductor, Leave

@@ -10,8 +10,8 @@ import pytest
 from pydantic import ValidationError
 
 from hpo.protocol import ReportReply, ReportRequest
+from hpo.rest import ApiError, Backoff, Client, ServerUnreachable
 from tests.unit.worker_server import Drop, Reply, Seen, Server, refusal, serving
-from workers.client import ApiError, Backoff, Client, ServerUnreachable
 
 
 def failing_once(first: Reply | None, then: Reply) -> tuple[list[int], object]:
