@@ -15,6 +15,7 @@ import pickle
 import signal
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -27,7 +28,7 @@ import sqlalchemy as sa
 
 from hpo import database
 from hpo.coordinator import Coordinator
-from hpo.errors import Fault, Invalid
+from hpo.errors import Fault, Invalid, WhetstoneError
 from hpo.expiry import GAP_TERMS, Reaper
 from tests.faults.proxy import Proxy
 from tests.integration import leases_harness
@@ -112,6 +113,8 @@ def _serve(wire: Connection, url: str, term_s: float) -> None:
         try:
             answer = desk.call(method, args)
         except Exception as error:
+            if not isinstance(error, WhetstoneError):
+                error.add_note("".join(traceback.format_exception(error)))
             say("raised", number, _portable(error))
         else:
             say("answered", number, answer)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -204,7 +205,8 @@ class Player:
             self._unanswered(call, place, str(type(unknown).__name__))
             return
         except Exception as fault:
-            self._break(f"{call} raised {type(fault).__name__}: {fault}")
+            where = "".join(traceback.format_exception(fault))
+            self._break(f"{call} raised {type(fault).__name__}: {fault}\n{where}")
             return
         if hidden:
             if error is None:
