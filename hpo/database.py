@@ -193,8 +193,7 @@ def call(engine: Engine, statement: str, values: Mapping[str, Any] | None = None
     for attempt in range(1, CALLS + 1):
         try:
             with _translated(engine), engine.connect() as connection:
-                connection.execution_options(isolation_level="AUTOCOMMIT")
-                row = connection.exec_driver_sql(statement, dict(values or {})).one_or_none()
+                row = _committing(connection, statement, dict(values or {}))
                 return None if row is None else row[0]
         except PoolTimeout as error:
             raise DatabaseUnavailable(f"{_place(engine)} is busy: every connection is in use") from error
@@ -206,6 +205,21 @@ def call(engine: Engine, statement: str, values: Mapping[str, Any] | None = None
                 raise
         time.sleep(random.uniform(0.5, 1.0) * min(0.02 * 3**attempt, 1.0))
     raise AssertionError("unreachable")
+
+
+def _committing(connection: Connection, statement: str, values: dict[str, Any]) -> sa.Row[Any] | None:
+    """Run a statement that commits by itself.
+
+    The driver's flag is changed without a word to the server. SQLAlchemy's isolation level is not: to set it back is a
+    round trip, which fails with an error of the driver's own where the connection was lost since.
+    """
+    driver: Any = connection.connection.dbapi_connection
+    driver.autocommit = True
+    try:
+        return connection.exec_driver_sql(statement, values).one_or_none()
+    finally:
+        if not driver.closed:
+            driver.autocommit = False
 
 
 def in_transaction(engine: Engine) -> bool:

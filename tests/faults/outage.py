@@ -51,7 +51,9 @@ def outage(folder: Path, seconds: float, *, term_s: float = 2.0, settings: dict[
                 stop_at_once(postgres, seconds)
                 running.until(lambda: over(running, trained), 120, "the worker's study did not finish")
             running.until(lambda: over(running, asked), 60, "the clients' study did not finish")
-            assert [worker.poll() for worker in workers] == [None] * len(workers), f"a worker ended: {running.log('w1')}"
+            assert [worker.poll() for worker in workers] == [None] * len(workers), (
+                f"a worker ended: {running.log('w1')}"
+            )
             auditor = Auditor(postgres.url.replace("+psycopg2", ""))
             auditor.studies = [asked, trained]
             broken = books.compare(auditor) + whole(running, trained)

@@ -66,6 +66,8 @@ class Proxy:
         self._links: set[_Link] = set()
         self._armed: tuple[When, int] | None = None
         self._fired = 0
+        self.queries = 0
+        """How many have passed, or been cut off."""
         self._lock = threading.Lock()
         self._selector = selectors.DefaultSelector()
         self._wake, self._woken = os.pipe()[::-1]
@@ -105,7 +107,8 @@ class Proxy:
     def close(self) -> None:
         """Cut everything and let nobody in any more."""
         self._closing = True
-        os.write(self._wake, b"x")
+        with contextlib.suppress(OSError):  # it may have noticed by itself
+            os.write(self._wake, b"x")
         self._thread.join(10)
 
     def _run(self) -> None:
@@ -164,6 +167,7 @@ class Proxy:
     def _due(self) -> When | None:
         """The fault that this query is to meet, if any."""
         with self._lock:
+            self.queries += 1
             if self._armed is None:
                 return None
             when, left = self._armed

@@ -5,7 +5,7 @@ step; `compare` holds the books of the clients against the database when all is 
 sentence each.
 """
 
-# ruff: noqa: S608 -- put together of constants of this module; all values are bound
+
 from __future__ import annotations
 
 import json

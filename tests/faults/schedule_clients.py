@@ -118,7 +118,9 @@ class Client:
 
     def tell(self, lease: Lease, dice: random.Random, outcome: str = "") -> Call:
         chosen: Any = outcome or dice.choice(("complete",) * 6 + ("infeasible", "pruned", "failed"))
-        value = round(dice.random(), 6) if chosen == "complete" or (chosen != "failed" and dice.random() < 0.5) else None
+        value = (
+            round(dice.random(), 6) if chosen == "complete" or (chosen != "failed" and dice.random() < 0.5) else None
+        )
         request = TellRequest(token=lease.token, outcome=chosen, value=value, reason=f"as {self.name} has it")
         return Call(self.name, "tell", (lease.lease, request, self.principal), lease)
 

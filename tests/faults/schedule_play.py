@@ -9,7 +9,6 @@ worked off, so that their ends can be looked at.
 from __future__ import annotations
 
 import random
-import threading
 import time
 import traceback
 import uuid
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from hpo.errors import Conflict, DatabaseUnavailable, Invalid, KeyReused, LeaseLost, NotFound
-from hpo.idempotency import Once
 from hpo.protocol import Lease, Verdict
 from hpo.tokens import Principal
 from tests.faults.schedule import Schedule, Step
@@ -42,9 +40,7 @@ class Player:
     def __init__(self, schedule: Schedule, url: str, folder: Path, term_s: float) -> None:
         self.schedule, self.term_s = schedule, term_s
         self.mark = uuid.uuid4().hex[:12]
-        self.house = House(
-            url, folder, coordinators=schedule.coordinators, processes=schedule.processes, term_s=term_s
-        )
+        self.house = House(url, folder, coordinators=schedule.coordinators, processes=schedule.processes, term_s=term_s)
         self.auditor = Auditor(url.replace("+psycopg2", ""))
         self.calls: list[Call] = []
         self.trace: list[str] = []
@@ -130,7 +126,9 @@ class Player:
             client = client if client.held else max(self.clients, key=lambda other: len(other.held))
             return self._add(getattr(client, act)(dice.choice(client.held), dice)) if client.held else None
         if act == "late" and client.past:
-            return self._add(getattr(client, dice.choice(("report", "tell", "release")))(dice.choice(client.past), dice))
+            return self._add(
+                getattr(client, dice.choice(("report", "tell", "release")))(dice.choice(client.past), dice)
+            )
         if act == "stranger":
             others = [lease for other in self.clients if other is not client for lease in other.held]
             if others:

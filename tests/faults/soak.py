@@ -34,7 +34,7 @@ TERM_S = 0.5
 
 def databases(server: str, count: int) -> list[str]:
     """Fresh, migrated databases on a server."""
-    made = []
+    made: list[tuple[str, str]] = []
     engine = database.connect(server)
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         for number in range(count):
