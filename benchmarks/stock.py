@@ -105,7 +105,7 @@ def main() -> None:
     url, name = sys.argv[1:]
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = load(url, name)
-    listener = socket.socket()
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app(study), log_config=None, access_log=False))
 
