@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
+WINDOW = 400
+"""So many values of all studies are looked through for the best of one, before all of its own are sorted."""
+
 # Lock a study for numbering, counting and changing its state.
 LOCK_STUDY = sa.text("SELECT study_id FROM public.studies WHERE study_id = :study FOR NO KEY UPDATE")
 
@@ -22,11 +25,16 @@ LOCK_TRIAL = sa.text("""
     SELECT trial_id, number, state::text AS state FROM public.trials WHERE trial_id = :trial_id FOR NO KEY UPDATE
 """)
 
-# An infeasible trial is COMPLETE with a violated constraint; a cancelled one is FAIL with our mark. A mark is looked up
-# as a value, not by EXISTS, which the planner may answer by reading the marks of all trials of all studies.
-_MARK = "(SELECT m.value_json FROM public.trial_system_attributes m WHERE m.trial_id = t.trial_id AND m.key = '{}')"
-INFEASIBLE = f"coalesce({_MARK.format('constraints:infeasible')}, '0') NOT IN ('0', '0.0')"
-CANCELLED = f"{_MARK.format('whetstone:cancelled')} IS NOT NULL"
+# An infeasible trial is COMPLETE with a violated constraint; a cancelled one is FAIL with our mark. Both marks have a
+# partial index. A row's own state looks its mark up as a value, which the planner cannot answer by reading the marks of
+# all trials of all studies; a filter leaves it the choice.
+_INFEASIBLE = """
+    public.trial_system_attributes m
+    WHERE m.trial_id = t.trial_id AND m.key = 'constraints:infeasible' AND m.value_json NOT IN ('0', '0.0')
+"""
+_CANCELLED = "public.trial_system_attributes m WHERE m.trial_id = t.trial_id AND m.key = 'whetstone:cancelled'"
+INFEASIBLE = f"(SELECT TRUE FROM {_INFEASIBLE}) IS NOT NULL"
+CANCELLED = f"(SELECT TRUE FROM {_CANCELLED}) IS NOT NULL"
 
 STATE = f"""
     CASE t.state
@@ -43,13 +51,14 @@ STATE_FILTER = {
     "queued": "t.state = 'WAITING'",
     "leased": "t.state = 'RUNNING'",
     "pruned": "t.state = 'PRUNED'",
-    "complete": f"t.state = 'COMPLETE' AND NOT {INFEASIBLE}",
-    "infeasible": f"t.state = 'COMPLETE' AND {INFEASIBLE}",
-    "failed": f"t.state = 'FAIL' AND NOT {CANCELLED}",
-    "cancelled": f"t.state = 'FAIL' AND {CANCELLED}",
+    "complete": f"t.state = 'COMPLETE' AND NOT EXISTS (SELECT 1 FROM {_INFEASIBLE})",
+    "infeasible": f"t.state = 'COMPLETE' AND EXISTS (SELECT 1 FROM {_INFEASIBLE})",
+    "failed": f"t.state = 'FAIL' AND NOT EXISTS (SELECT 1 FROM {_CANCELLED})",
+    "cancelled": f"t.state = 'FAIL' AND EXISTS (SELECT 1 FROM {_CANCELLED})",
 }
 
-# Everything a row of the trials table shows, for the trials of one page; `place` keeps the page's order.
+# Everything a row of the trials table shows, for the trials of one page; `place` keeps the page's order. LIMIT 1 makes
+# the planner look each trial up: left to itself it reads a table of ten thousand rows to find fifty by key.
 TRIAL_ROWS = sa.text(f"""
     SELECT t.trial_id, t.study_id, t.number, {STATE} AS state,
            v.value,
@@ -59,8 +68,10 @@ TRIAL_ROWS = sa.text(f"""
            coalesce(a.attempts, 0) AS attempts, a.seconds, a.first_leased_at, a.last_epoch,
            l.state AS last_state, l.reason AS last_reason, l.stop_requested, l.attempt AS last_attempt, w.name AS worker
     FROM unnest(CAST(:trial_ids AS integer[])) WITH ORDINALITY AS page (trial_id, place)
-    JOIN public.trials t ON t.trial_id = page.trial_id
-    LEFT JOIN public.trial_values v ON v.trial_id = t.trial_id AND v.objective = 0
+    CROSS JOIN LATERAL (SELECT * FROM public.trials WHERE trial_id = page.trial_id LIMIT 1) t
+    LEFT JOIN LATERAL (
+        SELECT value FROM public.trial_values WHERE trial_id = page.trial_id AND objective = 0 LIMIT 1
+    ) v ON TRUE
     LEFT JOIN LATERAL (
         SELECT array_agg(param_name) AS names, array_agg(param_value) AS internals
         FROM public.trial_params WHERE trial_id = t.trial_id
@@ -94,37 +105,80 @@ def trials_by_number(state: str | None) -> sa.TextClause:
     """)
 
 
-def trials_by_value(state: str | None, *, descending: bool) -> sa.TextClause:
-    """One page of the trials that have a finite value, best (or smallest) first, from after (`:value`, `:number`)."""
-    beyond, order = ("<", "DESC") if descending else (">", "ASC")
-    return sa.text(f"""
-        SELECT t.trial_id, t.number, v.value FROM public.trial_values v
-        JOIN public.trials t ON t.trial_id = v.trial_id
-        WHERE t.study_id = :study AND v.objective = 0 AND v.value IS NOT NULL AND {STATE_FILTER[state]}
-          AND (CAST(:value AS float8) IS NULL OR v.value {beyond} :value OR (v.value = :value AND t.number > :number))
-        ORDER BY v.value {order}, t.number LIMIT :limit
-    """)
+def _by_value(state: str | None, *, descending: bool, cursor: bool, study: str = ":study") -> str:
+    """The trials that have a finite value, best (or smallest) first.
+
+    The index on values knows no studies. `near` looks through the first few hundred values of all studies and nearly
+    always finds enough of this one; where it does not, because others' values stand before, `far` sorts this study's.
+    Either way the cost is bounded by the study's own size.
+    """
+    order, within, least = ("DESC", ">", "-Infinity") if descending else ("ASC", "<", "Infinity")
+    beyond, onward = "TRUE", "TRUE"
+    if cursor:
+        further = "<" if descending else ">"
+        onward = f"v.value {further}= :value"
+        beyond = f"{onward} AND (v.value <> :value OR t.number > :number)"
+    finite = "v.objective = 0 AND v.value IS NOT NULL"
+    return f"""
+        WITH edge AS (
+            SELECT v.value FROM public.trial_values v WHERE {finite} AND {onward}
+            ORDER BY v.value {order} OFFSET {WINDOW} LIMIT 1
+        ), near AS MATERIALIZED (
+            SELECT t.trial_id, t.number, v.value FROM (
+                SELECT v.trial_id, v.value FROM public.trial_values v
+                WHERE {finite} AND {onward} AND v.value {within} coalesce((SELECT value FROM edge), '{least}')
+                ORDER BY v.value {order} LIMIT {WINDOW}
+            ) v CROSS JOIN LATERAL (SELECT * FROM public.trials WHERE trial_id = v.trial_id LIMIT 1) t
+            WHERE t.study_id = {study} AND {STATE_FILTER[state]} AND {beyond}
+            ORDER BY v.value {order}, t.number LIMIT :limit
+        ), enough AS MATERIALIZED (
+            SELECT count(*) >= :limit OR NOT EXISTS (SELECT 1 FROM edge) AS found FROM near
+        ), far AS (
+            SELECT t.trial_id, t.number, v.value FROM public.trials t
+            JOIN public.trial_values v ON v.trial_id = t.trial_id
+            WHERE NOT (SELECT found FROM enough) AND t.study_id = {study} AND {finite}
+              AND {STATE_FILTER[state]} AND {beyond}
+            ORDER BY v.value + 0 {order}, t.number LIMIT :limit
+        )
+        SELECT trial_id, number, value FROM near WHERE (SELECT found FROM enough)
+        UNION ALL
+        SELECT trial_id, number, value FROM far
+    """
+
+
+def trials_by_value(state: str | None, *, descending: bool, cursor: bool) -> sa.TextClause:
+    """One page of the trials that have a finite value, in its order; with `cursor` from after (`:value`, `:number`)."""
+    order = "DESC" if descending else "ASC"
+    return sa.text(f"{_by_value(state, descending=descending, cursor=cursor)} ORDER BY value {order}, number")
 
 
 def trials_without_value(state: str | None) -> sa.TextClause:
-    """One page of the trials that have no finite value, in the order of their numbers, from after `:number`."""
+    """One page of the trials that have no finite value, in the order of their numbers, from after `:number`.
+
+    A complete trial always has a row of values, so only those few that hold no number have to be looked at.
+    """
     return sa.text(f"""
         SELECT t.trial_id, t.number, NULL::float8 AS value FROM public.trials t
         WHERE t.study_id = :study AND t.number > :number AND {STATE_FILTER[state]}
-          AND NOT EXISTS (
-              SELECT 1 FROM public.trial_values v
-              WHERE v.trial_id = t.trial_id AND v.objective = 0 AND v.value IS NOT NULL)
+          AND CASE WHEN t.state = 'COMPLETE' THEN t.trial_id IN (
+                  SELECT v.trial_id FROM public.trial_values v WHERE v.objective = 0 AND v.value IS NULL)
+              ELSE (SELECT v.value FROM public.trial_values v WHERE v.trial_id = t.trial_id AND v.objective = 0) IS NULL
+              END
         ORDER BY t.number LIMIT :limit
     """)
 
 
 def best_trials(direction: str) -> sa.TextClause:
     """The best feasible trials of one study; on equal values the earlier one is the better."""
+    return trials_by_value("complete", descending=direction == "maximize", cursor=False)
+
+
+def best_of_each(direction: str) -> sa.TextClause:
+    """The best feasible trial of each of several studies of one direction, where it has one."""
+    best = _by_value("complete", descending=direction == "maximize", cursor=False, study="s.study_id")
     return sa.text(f"""
-        SELECT t.trial_id, t.number, v.value FROM public.trial_values v
-        JOIN public.trials t ON t.trial_id = v.trial_id
-        WHERE t.study_id = :study AND v.objective = 0 AND v.value IS NOT NULL AND {STATE_FILTER["complete"]}
-        ORDER BY v.value {"DESC" if direction == "maximize" else "ASC"}, t.number LIMIT :limit
+        SELECT s.study_id, b.trial_id FROM unnest(CAST(:studies AS integer[])) AS s (study_id)
+        CROSS JOIN LATERAL ({best}) AS b
     """)
 
 
@@ -135,9 +189,17 @@ def progress(direction: str) -> sa.TextClause:
         SELECT number, state, value, ended_at,
                {extreme}(value) FILTER (WHERE state = 'complete') OVER (ORDER BY ended_at, number) AS best
         FROM (
-            SELECT t.number, v.value, {STATE} AS state, t.datetime_complete AT TIME ZONE 'UTC' AS ended_at
+            SELECT t.number, v.value, t.datetime_complete AT TIME ZONE 'UTC' AS ended_at,
+                   CASE t.state
+                       WHEN 'PRUNED' THEN 'pruned'
+                       WHEN 'COMPLETE' THEN CASE WHEN i.trial_id IS NULL THEN 'complete' ELSE 'infeasible' END
+                       ELSE CASE WHEN c.trial_id IS NULL THEN 'failed' ELSE 'cancelled' END
+                   END AS state
             FROM public.trials t
             LEFT JOIN public.trial_values v ON v.trial_id = t.trial_id AND v.objective = 0
+            LEFT JOIN public.trial_system_attributes i ON i.trial_id = t.trial_id
+                 AND i.key = 'constraints:infeasible' AND i.value_json NOT IN ('0', '0.0')
+            LEFT JOIN public.trial_system_attributes c ON c.trial_id = t.trial_id AND c.key = 'whetstone:cancelled'
             WHERE t.study_id = :study AND t.state IN ('COMPLETE', 'PRUNED', 'FAIL') AND t.datetime_complete IS NOT NULL
         ) AS finished
         ORDER BY ended_at, number
@@ -163,20 +225,32 @@ STUDIES = sa.text(f"""
     ORDER BY (o.study_name IS NOT DISTINCT FROM :name) DESC, s.study_id DESC LIMIT :limit
 """)
 
-# Trials by study and state: the two marks are joined, not probed trial by trial.
+# Trials by study and state: counted from an index, of which the marked are taken away, counted from theirs.
 COUNTS = sa.text("""
-    SELECT t.study_id,
-           CASE t.state
+    WITH marked AS MATERIALIZED (
+        SELECT t.study_id, t.state, count(*) AS trials
+        FROM public.trial_system_attributes m JOIN public.trials t ON t.trial_id = m.trial_id
+        WHERE m.key = 'constraints:infeasible' AND m.value_json NOT IN ('0', '0.0')
+          AND t.state = 'COMPLETE' AND t.study_id = ANY(CAST(:studies AS integer[]))
+        GROUP BY 1, 2
+        UNION ALL
+        SELECT t.study_id, t.state, count(*)
+        FROM public.trial_system_attributes m JOIN public.trials t ON t.trial_id = m.trial_id
+        WHERE m.key = 'whetstone:cancelled'
+          AND t.state = 'FAIL' AND t.study_id = ANY(CAST(:studies AS integer[]))
+        GROUP BY 1, 2
+    )
+    SELECT c.study_id,
+           CASE c.state
                WHEN 'WAITING' THEN 'queued' WHEN 'RUNNING' THEN 'leased' WHEN 'PRUNED' THEN 'pruned'
-               WHEN 'COMPLETE' THEN CASE WHEN i.trial_id IS NULL THEN 'complete' ELSE 'infeasible' END
-               ELSE CASE WHEN c.trial_id IS NULL THEN 'failed' ELSE 'cancelled' END
-           END AS state, count(*) AS trials
-    FROM public.trials t
-    LEFT JOIN public.trial_system_attributes i ON i.trial_id = t.trial_id AND i.key = 'constraints:infeasible'
-         AND i.value_json NOT IN ('0', '0.0')
-    LEFT JOIN public.trial_system_attributes c ON c.trial_id = t.trial_id AND c.key = 'whetstone:cancelled'
-    WHERE t.study_id = ANY(CAST(:studies AS integer[]))
-    GROUP BY 1, 2
+               WHEN 'COMPLETE' THEN 'complete' ELSE 'failed'
+           END AS state, c.trials - coalesce(m.trials, 0) AS trials
+    FROM (
+        SELECT t.study_id, t.state, count(*) AS trials FROM public.trials t
+        WHERE t.study_id = ANY(CAST(:studies AS integer[])) GROUP BY 1, 2
+    ) AS c LEFT JOIN marked m ON m.study_id = c.study_id AND m.state = c.state
+    UNION ALL
+    SELECT study_id, CASE state WHEN 'COMPLETE' THEN 'infeasible' ELSE 'cancelled' END, trials FROM marked
 """)
 
 # What of its budget a study has used. Every trial ever leased counts, except the cancelled.

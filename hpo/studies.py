@@ -21,7 +21,7 @@ from hpo.desk import HISTORY_FORMAT, Desk, Known, lock, missing, one_fault, stor
 from hpo.errors import Conflict, Invalid
 from hpo.idempotency import Once, answered, guard
 from hpo.spec import UNSET, StudyChange, StudySpec, dump, parse, parse_change
-from hpo.views import STUDY_STATES, TRIAL_STATES, BudgetView, Page, StudyView
+from hpo.views import STUDY_STATES, TRIAL_STATES, BudgetView, Page, StudyView, TrialView
 
 _ALLOWED = {
     "running": ("paused", "stopped"),
@@ -292,10 +292,11 @@ def _views(conn: sa.Connection, pairs: Sequence[tuple[Known, Any]]) -> list[Stud
     if not study_ids:
         return []
     used = used_by(conn, study_ids)
+    best = trials.best_of_each(conn, [known for known, _ in pairs])
     counts = {study: dict.fromkeys(TRIAL_STATES, 0) for study in study_ids}
     for row in conn.execute(statements.COUNTS, {"studies": study_ids}):
         counts[row.study_id][row.state] = row.trials
-    return [_view(conn, known, row, counts[known.study], used[known.study]) for known, row in pairs]
+    return [_view(known, row, counts[known.study], used[known.study], best.get(known.study)) for known, row in pairs]
 
 
 def _closed(row: Any) -> StudyView:
@@ -323,8 +324,7 @@ def _closed(row: Any) -> StudyView:
     )
 
 
-def _view(conn: sa.Connection, known: Known, row: Any, counts: dict[Any, int], used: Used) -> StudyView:
-    best = trials.best_of(conn, known, 1)
+def _view(known: Known, row: Any, counts: dict[Any, int], used: Used, best: TrialView | None) -> StudyView:
     budget = {"trials": row.budget_trials, "hours": row.budget_hours, "target": row.budget_target}
     held = known.spec.space.nest(known.spec.space.cast(row.fixed))
     spec = row.spec | {"budget": budget, "concurrency": row.concurrency, "notes": row.notes, "fixed": held}
@@ -339,7 +339,7 @@ def _view(conn: sa.Connection, known: Known, row: Any, counts: dict[Any, int], u
         sampler=row.spec["sampler"]["name"],
         pruner=row.spec["pruner"]["name"],
         counts=dict(counts),
-        best=best[0] if best else None,
+        best=best,
         budget=BudgetView(**budget, trials_used=used.trials, hours_used=used.hours),
         concurrency=row.concurrency,
         notes=row.notes,

@@ -87,7 +87,7 @@ def listing(
         else:
             found = []
             if value is not None or number < 0:
-                by_value = statements.trials_by_value(state, descending=order == "-value")
+                by_value = statements.trials_by_value(state, descending=order == "-value", cursor=value is not None)
                 found = list(conn.execute(by_value, place | {"value": value}).all())
                 number = -1
             if len(found) <= limit:
@@ -138,6 +138,20 @@ def best(desk: Desk, study: int, top: int = 10) -> list[TrialView]:
 def best_of(conn: sa.Connection, known: Known, top: int) -> list[TrialView]:
     found = conn.execute(statements.best_trials(known.spec.direction), {"study": known.study, "limit": top})
     return views(conn, known, [row.trial_id for row in found])
+
+
+def best_of_each(conn: sa.Connection, studies: Sequence[Known]) -> dict[int, TrialView]:
+    """The best complete trial of each study that has one, by study, in few statements whatever their number."""
+    by_study = {known.study: known for known in studies}
+    found: list[int] = []
+    for direction in {known.spec.direction for known in studies}:
+        alike = [known.study for known in studies if known.spec.direction == direction]
+        asked = {"studies": alike, "limit": 1}
+        found += [row.trial_id for row in conn.execute(statements.best_of_each(direction), asked)]
+    if not found:
+        return {}
+    rows = conn.execute(statements.TRIAL_ROWS, {"trial_ids": found})
+    return {row.study_id: _view(row, by_study[row.study_id]) for row in rows}
 
 
 def progress(desk: Desk, study: int) -> list[ProgressPoint]:
@@ -205,9 +219,10 @@ def attempts_of(conn: sa.Connection, study: int, trials: Sequence[tuple[int, int
     return found
 
 
-def flat_params(known: Known, row: Any) -> dict[str, Value]:
+def flat_params(known: Known, row: Any, marks: Mapping[str, Any] | None = None) -> dict[str, Value]:
     """A trial's values by flat name: what was fixed when it was queued, under what was suggested since."""
-    return flat_of(known, marks_of(row).get("fixed_params"), row.names or (), row.internals or ())
+    fixed = (marks_of(row) if marks is None else marks).get("fixed_params")
+    return flat_of(known, fixed, row.names or (), row.internals or ())
 
 
 def flat_of(known: Known, fixed: object, names: Sequence[str], internals: Sequence[float]) -> dict[str, Value]:
@@ -250,7 +265,7 @@ def _view(row: Any, known: Known) -> TrialView:
         trial=row.number,
         state=state,
         value=row.value,
-        params=known.spec.space.nest(flat_params(known, row)),
+        params=known.spec.space.nest(flat_params(known, row, marks)),
         origin=_origin(marks),
         reason=reason,
         attempts=row.attempts,

@@ -10,6 +10,7 @@ import optuna
 import pytest
 import sqlalchemy as sa
 
+from hpo import statements
 from hpo.coordinator import Coordinator
 from hpo.errors import Conflict, Invalid, NotFound
 from hpo.protocol import Verdict
@@ -147,7 +148,38 @@ def test_bad_questions_are_refused(mixed: tuple[Coordinator, int]) -> None:
         desk.get_trial(number, -1)
 
 
-def test_a_page_and_the_best_are_found_by_an_index(engine: sa.Engine) -> None:
+@pytest.mark.parametrize("window", [1, 3, 400])
+def test_values_of_other_studies_stand_in_nobodys_way(
+    mixed: tuple[Coordinator, int], monkeypatch: pytest.MonkeyPatch, window: int
+) -> None:
+    desk, number = mixed
+    other = desk.create_study(study("other", workload="external", settings={})).study
+    for value in (0.01, 0.05, 0.3, 0.5, 0.5, 0.9, 0.9, 0.95, 7.0, 7.0):
+        desk.add_trial(other, {"params": point(0.5), "value": value})
+    monkeypatch.setattr(statements, "WINDOW", window)
+    for limit in (1, 2, 4, 50):
+        assert pages(desk, number, limit, order="-value") == [1, 3, 2, 0, 5, 4, 6, 7, 8, 9]
+        assert pages(desk, number, limit, order="value") == [4, 5, 0, 2, 1, 3, 6, 7, 8, 9]
+        assert pages(desk, number, limit, order="-value", state="complete") == [1, 3, 2, 0]
+        assert pages(desk, number, limit, order="value", state="pruned") == [5]
+        assert pages(desk, number, limit, order="value", state="cancelled") == [7]
+        assert [trial.trial for trial in desk.best(number, limit)] == [1, 3, 2, 0][:limit]
+    assert {each.study: each.best and each.best.trial for each in desk.list_studies().items} == {number: 1, other: 8}
+
+
+def test_a_value_that_is_no_number_is_listed_behind_all(engine: sa.Engine, postgres_url: str) -> None:
+    desk = coordinator(engine)
+    made = desk.create_study(study())
+    theirs = optuna.load_study(study_name="s", storage=postgres_url)
+    for number in (float("inf"), 0.5, float("-inf"), 0.2):
+        theirs.add_trial(optuna.trial.create_trial(value=number, params={}, distributions={}))
+    for order, found in (("-value", [1, 3, 0, 2]), ("value", [3, 1, 0, 2]), ("number", [0, 1, 2, 3])):
+        for state in (None, "complete"):
+            assert pages(desk, made.study, 3, order=order, state=state) == found
+    assert [trial.trial for trial in desk.best(made.study)] == [1, 3]
+
+
+def test_a_page_and_the_best_read_few_rows_of_a_long_study(engine: sa.Engine) -> None:
     desk = coordinator(engine)
     made = desk.create_study(study())
     with engine.begin() as conn:
@@ -168,22 +200,27 @@ def test_a_page_and_the_best_are_found_by_an_index(engine: sa.Engine) -> None:
         )
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as conn:
         conn.execute(sa.text("ANALYZE"))
-    read: list[str] = []
+    read: list[float] = []
 
     @sa.event.listens_for(engine, "before_cursor_execute")
     def note(conn: Any, cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
-        if statement.lstrip().startswith("SELECT t.trial_id, t.number"):
-            cursor.execute("EXPLAIN " + statement, parameters)
-            read.append("\n".join(row[0] for row in cursor.fetchall()))
+        if "public.trials" in statement:
+            cursor.execute("EXPLAIN (ANALYZE, FORMAT JSON) " + statement, parameters)
+            read.append(rows_read(cursor.fetchone()[0][0]["Plan"]))
 
     first = desk.list_trials(made.study, order="-value")
     desk.list_trials(made.study, order="-value", cursor=first.next)
-    desk.list_trials(made.study, limit=10)
+    desk.list_trials(made.study, order="value", cursor=opaque("value", 0.7, 5000), state="complete")
+    desk.list_trials(made.study, limit=10, cursor=opaque("number", None, 9000), state="complete")
     desk.best(made.study)
-    assert len(read) == 4
-    for plan in read:
-        assert "Index" in plan
-        assert "Seq Scan" not in plan, plan
+    assert len(read) == 10, "the page and its rows, five times"
+    assert max(read) < 3 * statements.WINDOW
+
+
+def rows_read(plan: dict[str, Any]) -> float:
+    """How many rows the scans of an executed plan went through."""
+    own = plan["Actual Rows"] + plan.get("Rows Removed by Filter", 0) if "Scan" in plan["Node Type"] else 0
+    return own * plan["Actual Loops"] + sum(rows_read(child) for child in plan.get("Plans", ()))
 
 
 # Points of one's own
