@@ -1,106 +1,107 @@
-"""The trials of one study in memory, and the windows through which samplers and pruners look at them.
+"""The trials of one study in memory, brought up to date by what has changed.
 
-`History` reads Optuna's stock tables with a few set-based statements and keeps what it read: a refresh fetches only
-trials that are new, running, queued again, or named in `whetstone.revisions` since the last one. The invariant: after
-`refresh` it holds one committed state of the database, at least as new as the call, and trial objects are replaced,
-never changed, so a `View` taken earlier stays what it was.
-
-A `View` is an Optuna storage with one trial more, the pending one. What a sampler or pruner writes to it is captured
-for the caller's transaction, not stored.
+One call of `whetstone.changes` tells a history all that it does not know: new trials, those that run or wait no more,
+those that `whetstone.revisions` names. Invariants: a finished trial is read once, and again only when a revision names
+it; after `refresh` the history holds one committed state of the database, at least as new as the call; what it has
+given out (`Snapshot`, `Entry`) never changes. Nothing here costs more than the change, but for one copy of a list where
+something has changed since the last snapshot.
 """
 
 from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass, replace
-from datetime import datetime
+from bisect import insort
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import sqlalchemy as sa
-from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
-from optuna.study._frozen import FrozenStudy
-from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import Connection, Engine
+from optuna.trial import TrialState
+from sqlalchemy import Engine
 
-from hpo import database, rows
+from hpo import database
 from hpo.errors import NotFound
-from hpo.protocol import Value
+from hpo.records import Record, records
+from hpo.snapshot import CANCELLED, CONSTRAINT, Entry, Snapshot, copy_of, entry_of
 from hpo.space import SearchSpace
+from hpo.view import View
 
-CONSTRAINT = "constraints:infeasible"
-CANCELLED = "whetstone:cancelled"
-_LATE = 1_000
-"""Revision ids are given before their transactions commit, so a few may turn up below the highest one seen."""
+__all__ = [
+    "CANCELLED",
+    "CONSTRAINT",
+    "Cursor",
+    "Entry",
+    "History",
+    "Snapshot",
+    "View",
+    "copy_of",
+    "entry_of",
+]
 
-_SNAPSHOT = sa.text("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
-
-_STUDY = sa.text("""
-    SELECT s.study_name, d.direction::text AS direction FROM studies s
-    JOIN study_directions d ON d.study_id = s.study_id AND d.objective = 0
-    WHERE s.study_id = :study
-""")
-
-_STUDY_ATTRIBUTES = sa.text("SELECT key, value_json FROM study_system_attributes WHERE study_id = :study")
-
-_REVISIONS = sa.text("""
-    SELECT revision_id, trial_id FROM whetstone.revisions
-    WHERE study_id = :study AND revision_id > :cursor ORDER BY revision_id
-""")
-
-# A trial that waits again after an attempt has another start than before it, so one that has not may be left alone.
-_UNFINISHED = sa.text("""
-    SELECT trial_id, state = 'WAITING' AS waits, datetime_start AS began FROM trials
-    WHERE study_id = :study AND state IN ('RUNNING', 'WAITING')
-""")
+CHANGES = "SELECT whetstone.changes(%(study)s, %(newest)s, %(running)s, %(waiting)s, %(revision)s)"
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A trial as stored, and what is asked of it again and again.
+class Cursor:
+    """What a history knows: the arguments of `whetstone.changes`.
 
     Attributes:
-        trial: as Optuna's tables have it.
-        plain: the same without constraints.
-        marked: `plain` with exactly one constraint, 0 or 1 (GP wants as many on every trial).
-        key: what makes its point the same as another's; None where it is no point of the study's space (`checked`).
+        newest: the largest trial id.
+        running: ids of trials that run, with all their parameters.
+        waiting: ids of trials that wait, and of running ones that stock Optuna is still giving parameters: those are
+            looked at each time.
+        revision: the last correction that was seen.
     """
 
-    trial: FrozenTrial
-    plain: FrozenTrial
-    marked: FrozenTrial
-    infeasible: bool
-    cancelled: bool
-    checked: bool = False
-    key: tuple[Value, ...] | None = None
+    newest: int = -1
+    running: tuple[int, ...] = ()
+    waiting: tuple[int, ...] = ()
+    revision: int = 0
 
-    def checked_by(self, space: SearchSpace) -> Entry:
-        key = space.key(self.trial.params) if _fits(self.trial, space) else None
-        return replace(self, checked=True, key=key)
+    def arguments(self) -> dict[str, Any]:
+        """The same for a statement: newest, running, waiting and revision."""
+        return {
+            "newest": self.newest,
+            "running": list(self.running),
+            "waiting": list(self.waiting),
+            "revision": self.revision,
+        }
 
 
 class History:
     """Trials of one study, kept fresh from PostgreSQL. Safe to share between threads.
 
-    A refresh opens a transaction of its own and refuses to join one, because what it keeps must be committed.
+    Attributes:
+        version: grows with every change that can be seen in a snapshot.
     """
 
     def __init__(self, engine: Engine, study_id: int) -> None:
         self.engine = engine
         self.study_id = study_id
+        self.version = 0
         self._lock = threading.RLock()
-        self._entries: dict[int, Entry] = {}  # by trial id
-        self._newest = -1
-        self._cursor = 0
-        self._seen: set[int] = set()
         self._name = ""
         self._direction = StudyDirection.MAXIMIZE
+        self._spelled: Mapping[str, str] = {}  # the study's attributes, as text
         self._attributes: dict[str, Any] = {}
+        self._entries: list[Entry] = []  # in order of their numbers
+        self._places: dict[int, int] = {}  # in `_entries`, by trial id
+        self._cursor = Cursor()
+        self._running: set[int] = set()
+        self._waiting: set[int] = set()
+        self._space: SearchSpace | None = None
+        self._snapshot: Snapshot | None = None
+
+    def cursor(self) -> Cursor:
+        """What to ask `whetstone.changes` for."""
+        with self._lock:
+            return self._cursor
 
     def refresh(self) -> None:
-        """Catch up with the database.
+        """Catch up with the database: one round trip.
+
+        A refresh refuses to join a transaction, because what it keeps must be committed.
 
         Raises:
             NotFound: the study is gone.
@@ -109,182 +110,84 @@ class History:
         if database.in_transaction(self.engine):
             raise RuntimeError("refresh the history outside of a transaction: it must not keep what may be rolled back")
         with self._lock:
-            database.retrying(self.engine, self._read, idempotent=True)
+            asked = {"study": self.study_id, **self._cursor.arguments()}
+            self.apply(database.call(self.engine, CHANGES, asked))
 
-    def _read(self, connection: Connection) -> None:
-        connection.execute(_SNAPSHOT)
-        study = connection.execute(_STUDY, {"study": self.study_id}).one_or_none()
-        if study is None:
+    def apply(self, changes: Mapping[str, Any] | None) -> None:
+        """Take in what `whetstone.changes` returned for `cursor()`, parsed.
+
+        Answers to an older cursor may come late: they take nothing back that was known to be finished.
+
+        Raises:
+            NotFound: the study is gone.
+        """
+        if changes is None:
             raise NotFound(f"there is no study {self.study_id}")
-        attributes = connection.execute(_STUDY_ATTRIBUTES, {"study": self.study_id}).all()
-        floor = {"study": self.study_id, "cursor": max(self._cursor - _LATE, 0)}
-        revisions = [row for row in connection.execute(_REVISIONS, floor) if row.revision_id not in self._seen]
-        stale = {row.trial_id for row in revisions}
-        open_ = connection.execute(_UNFINISHED, {"study": self.study_id}).all()
-        unchanged = {row.trial_id for row in open_ if row.waits and self._waited(row.trial_id, row.began)}
-        stale |= {row.trial_id for row in open_} - unchanged
-        stale |= {key for key, entry in self._entries.items() if not entry.trial.state.is_finished()} - unchanged
-        # A study's trials are inserted under the lock of its row, so their ids become visible in order.
-        trials = rows.read_trials(connection, self.study_id, newer_than=self._newest, also_ids=sorted(stale))
-        # Nothing of ours changes before all has been read: a lost connection leaves the old state whole.
-        self._name, self._direction = study.study_name, StudyDirection[study.direction]
-        self._attributes = {row.key: json.loads(row.value_json) for row in attributes}
-        self._entries |= {trial._trial_id: entry_of(trial) for trial in trials}
-        self._newest = max(self._newest, *(trial._trial_id for trial in trials), -1)
-        self._seen.update(row.revision_id for row in revisions)
-        self._cursor = max(self._seen, default=0)
-        self._seen = {revision for revision in self._seen if revision > self._cursor - _LATE}
-
-    def _waited(self, trial_id: int, began: datetime | None) -> bool:
-        """Whether a trial that waits now has done nothing else since it was read."""
-        known = self._entries.get(trial_id)
-        return (
-            known is not None
-            and known.trial.state == TrialState.WAITING
-            and known.trial.datetime_start == rows.to_local(began)
-        )
+        # What costs time is done before the lock is taken, and what can fail before anything has changed.
+        found = records(changes["columns"]) if changes["columns"] else []
+        direction = StudyDirection[changes["direction"]]
+        with self._lock:
+            if (changes["name"], direction, changes["attributes"]) != (self._name, self._direction, self._spelled):
+                attributes = {key: json.loads(text) for key, text in changes["attributes"].items()}
+                self._name, self._direction = changes["name"], direction
+                self._spelled, self._attributes = changes["attributes"], attributes
+                self._changed()
+            late = changes["revision"] < self._cursor.revision
+            for record in found:
+                self._take(record, late)
+            newest = max(self._cursor.newest, *(record.trial_id for record in found), -1)
+            self._move(newest, max(self._cursor.revision, changes["revision"]))
 
     def snapshot(self, space: SearchSpace) -> Snapshot:
-        """Return what the last refresh found, each trial held against `space` (the study's, always the same)."""
+        """Return what is known, each trial held against `space` (the study's, always the same)."""
         with self._lock:
-            for key, entry in list(self._entries.items()):
-                if not entry.checked:
-                    self._entries[key] = entry.checked_by(space)
-            entries = sorted(self._entries.values(), key=lambda entry: entry.trial.number)
-            return Snapshot(self._name, self._direction, tuple(entries), dict(self._attributes))
+            if self._space is not space:
+                self._space = space
+                self._entries = [entry.checked_by(space) for entry in self._entries]
+                for entry in self._entries:
+                    self._follow(entry)
+                self._move(self._cursor.newest, self._cursor.revision)
+                self._snapshot = None
+            if self._snapshot is None:
+                self._snapshot = Snapshot(self._name, self._direction, tuple(self._entries), dict(self._attributes))
+            return self._snapshot
+
+    def _move(self, newest: int, revision: int) -> None:
+        self._cursor = Cursor(newest, tuple(sorted(self._running)), tuple(sorted(self._waiting)), revision)
+
+    def _changed(self) -> None:
+        self.version += 1
+        self._snapshot = None
+
+    def _take(self, record: Record, late: bool) -> None:
+        place = self._places.get(record.trial_id)
+        known = None if place is None else self._entries[place]
+        if known is not None and (
+            known.record == record or (known.finished and (late or not record.state.is_finished()))
+        ):
+            return
+        entry = Entry(record, self._space)
+        if place is not None:
+            self._entries[place] = entry
+        elif not self._entries or self._entries[-1].number < entry.number:
+            self._places[entry.trial_id] = len(self._entries)
+            self._entries.append(entry)
+        else:  # only where numbers do not follow ids
+            insort(self._entries, entry, key=lambda each: each.number)
+            self._places = {each.trial_id: place for place, each in enumerate(self._entries)}
+        self._follow(entry)
+        self._changed()
+
+    def _follow(self, entry: Entry) -> None:
+        """Remember what an unfinished trial is to be asked next time."""
+        self._running.discard(entry.trial_id)
+        self._waiting.discard(entry.trial_id)
+        if entry.state == TrialState.WAITING:
+            self._waiting.add(entry.trial_id)
+        elif not entry.finished:
+            whole = self._space is not None and all(name in _names(entry) for name in self._space.names)
+            (self._running if whole else self._waiting).add(entry.trial_id)
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """A study at one moment.
-
-    Attributes:
-        name: as Optuna has it.
-        direction: Optuna's.
-        entries: all trials in order of their numbers, checked against the study's space.
-        attributes: the study's system attributes.
-    """
-
-    name: str
-    direction: StudyDirection
-    entries: tuple[Entry, ...]
-    attributes: Mapping[str, Any]
-
-    def trial(self, number: int) -> FrozenTrial | None:
-        """Return one trial by its number, or None."""
-        return next((entry.trial for entry in reversed(self.entries) if entry.trial.number == number), None)
-
-
-def entry_of(trial: FrozenTrial) -> Entry:
-    """Wrap a trial. Any violated constraint makes a COMPLETE trial infeasible, also one that stock Optuna set."""
-    marks = trial.system_attrs
-    infeasible = trial.state == TrialState.COMPLETE and any(value > 0 for value in trial.constraints.values())
-    plain = trial
-    if any(key == "constraints" or key.startswith("constraints:") for key in marks):
-        bare = {key: value for key, value in marks.items() if key.split(":")[0] != "constraints"}
-        plain = copy_of(trial, system_attrs=bare)
-    marked = plain
-    if trial.state == TrialState.COMPLETE:
-        marked = copy_of(plain, system_attrs={**plain.system_attrs, CONSTRAINT: float(infeasible)})
-    return Entry(trial, plain, marked, infeasible, bool(marks.get(CANCELLED)))
-
-
-def copy_of(
-    trial: FrozenTrial,
-    *,
-    state: TrialState | None = None,
-    system_attrs: Mapping[str, Any] | None = None,
-    intermediate_values: Mapping[int, float] | None = None,
-) -> FrozenTrial:
-    """Copy a trial with a change; what is not changed is shared."""
-    return FrozenTrial(
-        number=trial.number,
-        state=trial.state if state is None else state,
-        value=None,
-        values=trial.values,
-        datetime_start=trial.datetime_start,
-        datetime_complete=trial.datetime_complete,
-        params=trial.params,
-        distributions=trial.distributions,
-        user_attrs={},
-        system_attrs=trial.system_attrs if system_attrs is None else dict(system_attrs),
-        intermediate_values=trial.intermediate_values if intermediate_values is None else dict(intermediate_values),
-        trial_id=trial._trial_id,
-    )
-
-
-def _fits(trial: FrozenTrial, space: SearchSpace) -> bool:
-    """A sampler must not meet a point outside of the space it samples: stock Optuna may have stored one."""
-    for name, distribution in space.distributions.items():
-        if name not in trial.params:
-            return False
-        try:
-            internal = distribution.to_internal_repr(trial.params[name])
-        except (ValueError, TypeError):
-            return False
-        if not distribution._contains(internal):
-            return False
-    return True
-
-
-class View(BaseStorage):
-    """What a sampler or pruner sees of a study: some trials of its history, and the pending trial.
-
-    Attributes written to the pending trial or to the study are kept in `trial_attributes` and `study_attributes`; any
-    other write raises `RuntimeError`.
-    """
-
-    def __init__(self, snapshot: Snapshot, trials: Iterable[FrozenTrial], pending: FrozenTrial) -> None:
-        self._snapshot = snapshot
-        others = (trial for trial in trials if trial.number != pending.number)
-        self._trials = sorted([*others, pending], key=lambda trial: trial.number)
-        self._by_id = {trial._trial_id: trial for trial in self._trials}
-        self._pending = pending
-        self.trial_attributes: dict[str, Any] = {}
-        self.study_attributes: dict[str, Any] = {}
-
-    def get_all_trials(
-        self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
-    ) -> list[FrozenTrial]:
-        return [trial for trial in self._trials if states is None or trial.state in states]
-
-    def get_trial(self, trial_id: int) -> FrozenTrial:
-        return self._by_id[trial_id]
-
-    def get_study_id_from_name(self, study_name: str) -> int:
-        return 0
-
-    def get_study_name_from_id(self, study_id: int) -> str:
-        return self._snapshot.name
-
-    def get_study_directions(self, study_id: int) -> list[StudyDirection]:
-        return [self._snapshot.direction]
-
-    def get_study_user_attrs(self, study_id: int) -> dict[str, Any]:
-        return {}
-
-    def get_study_system_attrs(self, study_id: int) -> dict[str, Any]:
-        return {**self._snapshot.attributes, **self.study_attributes}
-
-    def get_all_studies(self) -> list[FrozenStudy]:
-        return [FrozenStudy(self._snapshot.name, self._snapshot.direction, {}, self.get_study_system_attrs(0), 0)]
-
-    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
-        if trial_id != self._pending._trial_id:
-            raise RuntimeError("a sampler or pruner wrote to a trial that is not its own")
-        self.trial_attributes[key] = value
-
-    def set_study_system_attr(self, study_id: int, key: str, value: Any) -> None:
-        self.study_attributes[key] = value
-
-    def _refuse(self, *_: Any, **__: Any) -> Any:
-        raise RuntimeError("this is a view of a study: samplers and pruners only read it")
-
-    create_new_study = _refuse
-    delete_study = _refuse
-    set_study_user_attr = _refuse
-    create_new_trial = _refuse
-    set_trial_param = _refuse
-    set_trial_state_values = _refuse
-    set_trial_intermediate_value = _refuse
-    set_trial_user_attr = _refuse
+def _names(entry: Entry) -> Mapping[str, Any]:
+    return entry.record.shape.distributions if entry.record else entry.trial.params

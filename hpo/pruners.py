@@ -8,14 +8,15 @@ question asked again before that gets the same answer.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import optuna
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner, SuccessiveHalvingPruner
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.history import Entry, History, Snapshot, View, copy_of
+from hpo import database, rows
+from hpo.history import Entry, History, Snapshot, View, copy_of, entry_of
 from hpo.spec import Choice, StudySpec
 
 RESOURCE = "whetstone:pruner_resource"
@@ -72,7 +73,10 @@ def should_prune(
         return Verdict(prune=False)
     if refresh:
         history.refresh()
-    return judge(spec, history.snapshot(spec.space), number, reports)
+    short = history.snapshot(spec.space)
+    with database.transaction(history.engine) as connection:
+        entries = tuple(map(entry_of, rows.read_trials(connection, history.study_id)))
+    return judge(spec, replace(short, entries=entries), number, reports)
 
 
 def judge(spec: StudySpec, snapshot: Snapshot, number: int, reports: Mapping[int, float] | None = None) -> Verdict:

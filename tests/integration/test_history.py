@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import optuna
 import pytest
 import sqlalchemy as sa
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution, distribution_to_json
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy import Engine
 
 from hpo import database, rows
 from hpo.errors import NotFound
-from hpo.history import History
+from hpo.history import CHANGES, History
 from hpo.pruners import should_prune
 from hpo.spec import StudySpec, parse
 from hpo.storage import PostgresStorage
 from hpo.suggest import Suggestion, suggest
+from tests.integration.test_storage import counted
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 DISTRIBUTIONS = {
@@ -58,6 +61,14 @@ def by_number(history: History, spec: StudySpec) -> dict[int, FrozenTrial]:
     return {entry.trial.number: entry.trial for entry in history.snapshot(spec.space).entries}
 
 
+def in_short(trial: FrozenTrial) -> FrozenTrial:
+    """What a history keeps of a trial: of its reports the last, once it has finished."""
+    short = copy.deepcopy(trial)
+    reports = trial.intermediate_values if trial.state.is_finished() else {}
+    short.intermediate_values = {step: reports[step] for step in reports if step == trial.last_step}
+    return short
+
+
 def execute(engine: Engine, statement: str, **values: Any) -> None:
     with engine.begin() as connection:
         connection.execute(sa.text(statement), values)
@@ -75,13 +86,12 @@ def test_it_holds_what_stock_optuna_stored_to_the_last_field(engine: Engine, sto
     running = stock.ask(DISTRIBUTIONS)
     running.report(0.3, 0)
     held = by_number(history, spec)
-    assert [repr(trial) for trial in held.values()] == [repr(trial) for trial in stock.trials]
+    assert [repr(trial) for trial in held.values()] == [repr(in_short(trial)) for trial in stock.trials]
     assert held[0].params["c"] is True
     running.report(0.4, 1)
-    running.report(0.5, 2)
-    assert by_number(history, spec)[5].intermediate_values == {0: 0.3, 1: 0.4, 2: 0.5}
     stock.tell(running, 0.6)
-    assert by_number(history, spec)[5] == stock.trials[5]
+    assert by_number(history, spec)[5] == in_short(stock.trials[5])
+    assert by_number(history, spec)[5].intermediate_values == {1: 0.4}
     infeasible = [entry.infeasible for entry in history.snapshot(spec.space).entries]
     assert infeasible == [False, False, True, False, False, False]
 
@@ -116,79 +126,169 @@ def revise(engine: Engine, study: int, trial: FrozenTrial) -> None:
     )
 
 
-def test_a_revision_that_commits_after_a_later_one_is_not_missed(engine: Engine, stock: optuna.Study) -> None:
+def test_a_parameter_is_read_back_whatever_distribution_stock_optuna_gave_it(
+    engine: Engine, stock: optuna.Study
+) -> None:
+    """Many forms among many trials: more than travel as places in a common list."""
+    history, spec = History(engine, stock._study_id), spec_of()
+    for number in range(50):
+        trial = stock.ask()
+        if number % 3:
+            trial.suggest_float("x", 1e-3, 1, log=True)
+        trial.suggest_int("n", 0, 8, step=2 if number % 5 else 4)
+        trial.suggest_float(f"own {number % 7}", -number - 1, number + 1)
+        trial.suggest_categorical("c", ["a", True, 2.5])
+        if number % 2:
+            stock.tell(trial, 0.5)
+    held = by_number(history, spec)
+    assert list(held.values()) == [in_short(trial) for trial in stock.trials]
+    assert [list(trial.params) for trial in held.values()] == [list(trial.params) for trial in stock.trials]
+    for entry in history.snapshot(spec.space).entries:
+        assert entry.key == spec.space.key(entry.trial.params)
+        assert (entry.key is None) == (entry.number % 3 == 0)
+
+
+def test_a_point_outside_of_the_space_is_none_of_its_points(engine: Engine, stock: optuna.Study) -> None:
+    history, spec = History(engine, stock._study_id), spec_of()
+    wide = {
+        "x": FloatDistribution(1e-4, 10, log=True),
+        "n": IntDistribution(0, 9),
+        "c": CategoricalDistribution(["b", "a", True, 2.5]),
+    }
+    inside = {"x": 0.5, "n": 4, "c": True}
+    for point in ({}, {"x": 5.0}, {"n": 3}, {"c": "b"}, {"n": 8}):
+        stock.add_trial(create_trial(value=0.5, params=inside | point, distributions=wide))
+    by_number(history, spec)
+    keys = [entry.key for entry in history.snapshot(spec.space).entries]
+    assert keys == [(0.5, 4, True), None, None, None, (0.5, 8, True)]
+
+
+def test_a_correction_under_the_studys_lock_is_never_missed(engine: Engine, stock: optuna.Study) -> None:
     history, spec = History(engine, stock._study_id), spec_of()
     for _ in range(2):
         stock.add_trial(trial_of(TrialState.COMPLETE, 0.5))
     held = by_number(history, spec)
-    insert = sa.text("INSERT INTO whetstone.revisions (study_id, trial_id, what) VALUES (:study, :trial, 'slow')")
-    with engine.connect() as slow:
-        slow.execute(insert, {"study": stock._study_id, "trial": held[0]._trial_id})
-        slow.execute(sa.text("UPDATE trial_values SET value = 0.9 WHERE trial_id = :id"), {"id": held[0]._trial_id})
-        revise(engine, stock._study_id, held[1])
-        assert by_number(history, spec)[0].value == 0.5
-        slow.commit()
-    assert by_number(history, spec)[0].value == 0.9
+    insert = sa.text("INSERT INTO whetstone.revisions (study_id, trial_id, what) VALUES (:study, :trial, 'x')")
+    change = sa.text("UPDATE trial_values SET value = :value WHERE trial_id = :trial")
+
+    def correct(number: int) -> None:
+        with database.transaction(engine) as connection:
+            rows.lock_study(connection, stock._study_id)
+            connection.execute(insert, {"study": stock._study_id, "trial": held[number]._trial_id})
+            time.sleep(0.05)
+            connection.execute(change, {"value": 0.9, "trial": held[number]._trial_id})
+
+    both = [threading.Thread(target=correct, args=(number,)) for number in held]
+    for each in both:
+        each.start()
+    while any(each.is_alive() for each in both):
+        by_number(history, spec)
+    assert [trial.value for trial in by_number(history, spec).values()] == [0.9, 0.9]
 
 
-def test_a_failed_trial_that_is_queued_again_is_noticed(engine: Engine, stock: optuna.Study) -> None:
-    history, spec = History(engine, stock._study_id), spec_of()
-    stock.add_trial(trial_of(TrialState.FAIL))
-    key = by_number(history, spec)[0]._trial_id
-    execute(engine, "UPDATE trials SET state = 'WAITING' WHERE trial_id = :id", id=key)
-    assert by_number(history, spec)[0].state == TrialState.WAITING
-
-
-def test_a_trial_that_only_waits_is_read_once_and_again_after_each_attempt(
+def test_a_queued_trial_is_read_again_when_it_is_taken_and_when_a_revision_names_it(
     engine: Engine, stock: optuna.Study, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     history, spec = History(engine, stock._study_id), spec_of()
     for x in (0.25, 0.75):
         stock.enqueue_trial({"x": x})
-    assert {trial.state for trial in by_number(history, spec).values()} == {TrialState.WAITING}
-    asked: list[list[int]] = []
-    read = rows.read_trials
-
-    def spy(*args: Any, also_ids: Any, **more: Any) -> Any:
-        asked.append(list(also_ids))
-        return read(*args, also_ids=also_ids, **more)
-
-    monkeypatch.setattr(rows, "read_trials", spy)
+    held = by_number(history, spec)
+    assert {trial.state for trial in held.values()} == {TrialState.WAITING}
+    read = spy(monkeypatch)
     by_number(history, spec)
-    assert asked.pop() == [], "a long queue is not read again at every ask and report"
-    for steps in (1, 2):
-        running = stock.ask(DISTRIBUTIONS)
-        assert running.number == 0
-        running.report(0.5, steps)
-        execute(engine, "UPDATE trials SET state = 'WAITING' WHERE trial_id = :id", id=running._trial_id)
-        held = by_number(history, spec)
-        assert (held[0].state, len(held[0].intermediate_values)) == (TrialState.WAITING, steps)
-        assert asked.pop() == [held[0]._trial_id]
-    stock.ask(DISTRIBUTIONS)
+    assert read == [[]], "a long queue is not read again at every ask"
+    execute(
+        engine,
+        "INSERT INTO trial_params (trial_id, param_name, param_value, distribution_json) VALUES (:id, 'n', 4, :text)",
+        id=held[1]._trial_id,
+        text=distribution_to_json(DISTRIBUTIONS["n"]),
+    )
+    revise(engine, stock._study_id, held[1])
+    assert by_number(history, spec)[1].params == {"n": 4}
+    assert stock.ask(DISTRIBUTIONS).number == 0
     assert by_number(history, spec)[0].state == TrialState.RUNNING
+    assert read[1:] == [[1], [0]]
 
 
-def test_a_refresh_costs_as_many_statements_for_many_trials_as_for_few(engine: Engine, stock: optuna.Study) -> None:
-    def statements() -> int:
-        counted: list[str] = []
+def test_a_trial_that_stock_optuna_gives_its_parameters_is_read_until_it_has_them_all(
+    engine: Engine, stock: optuna.Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history, spec = History(engine, stock._study_id), spec_of()
+    trial = stock.ask()
+    assert by_number(history, spec)[0].params == {}
+    version = history.version
+    by_number(history, spec)
+    assert history.version == version, "nothing has changed"
+    x = trial.suggest_float("x", 1e-3, 1, log=True)
+    assert by_number(history, spec)[0].params == {"x": x}
+    n, c = trial.suggest_int("n", 0, 8, step=2), trial.suggest_categorical("c", ["a", True, 2.5])
+    assert by_number(history, spec)[0].params == {"x": x, "n": n, "c": c}
+    [entry] = history.snapshot(spec.space).entries
+    assert entry.key == (x, n, c)
+    assert history.version > version
+    read = spy(monkeypatch)
+    by_number(history, spec)
+    assert read == [[]]
 
-        def count(*args: Any) -> None:
-            counted.append(args[2])
 
-        sa.event.listen(engine, "before_cursor_execute", count)
-        history.refresh()
-        sa.event.remove(engine, "before_cursor_execute", count)
-        return len(counted)
+def spy(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The numbers of the trials that each refresh has read, from now on."""
+    read: list[list[int]] = []
+    apply = History.apply
 
+    def noting(history: History, changes: Any) -> None:
+        read.append([] if changes["columns"] is None else changes["columns"]["trials"]["numbers"])
+        apply(history, changes)
+
+    monkeypatch.setattr(History, "apply", noting)
+    return read
+
+
+def test_a_refresh_is_one_statement_outside_of_any_transaction(engine: Engine, stock: optuna.Study) -> None:
     history = History(engine, stock._study_id)
+    for _ in range(3):
+        stock.add_trial(trial_of(TrialState.COMPLETE, 0.5, intermediate_values={0: 0.1}))
+        stock.ask(DISTRIBUTIONS).report(0.1, 0)
+        with counted(engine) as sent:
+            history.refresh()
+        assert len(sent) == 1
+
+
+def test_an_answer_that_comes_late_takes_back_nothing_that_has_finished(engine: Engine, stock: optuna.Study) -> None:
+    history, spec = History(engine, stock._study_id), spec_of()
+    trial = stock.ask(DISTRIBUTIONS)
+    early = database.call(engine, CHANGES, {"study": stock._study_id, **history.cursor().arguments()})
+    stock.tell(trial, 0.5)
+    assert by_number(history, spec)[0].value == 0.5
+    execute(engine, "UPDATE trial_values SET value = 0.7 WHERE trial_id = :id", id=trial._trial_id)
+    revise(engine, stock._study_id, stock.trials[0])
+    middle = database.call(engine, CHANGES, {"study": stock._study_id, **history.cursor().arguments()})
+    execute(engine, "UPDATE trial_values SET value = 0.9 WHERE trial_id = :id", id=trial._trial_id)
+    revise(engine, stock._study_id, stock.trials[0])
+    assert by_number(history, spec)[0].value == 0.9
+    for late in (early, middle):
+        history.apply(late)
+        assert history.snapshot(spec.space).entries[0].trial.value == 0.9
+    assert by_number(history, spec)[0].value == 0.9
+
+
+def test_a_snapshot_that_nothing_has_changed_is_the_same_one(engine: Engine, stock: optuna.Study) -> None:
+    history, spec = History(engine, stock._study_id), spec_of()
+    stock.add_trial(trial_of(TrialState.COMPLETE, 0.5))
     history.refresh()
-    costs = []
-    for batch in (1, 20):
-        for _ in range(batch):
-            stock.add_trial(trial_of(TrialState.COMPLETE, 0.5, intermediate_values={0: 0.1}))
-            stock.ask(DISTRIBUTIONS).report(0.1, 0)
-        costs.append(statements())
-    assert costs[0] == costs[1] <= 12
+    earlier = history.snapshot(spec.space)
+    history.refresh()
+    assert history.snapshot(spec.space) is earlier
+    stock.add_trial(trial_of(TrialState.COMPLETE, 0.6))
+    history.refresh()
+    later = history.snapshot(spec.space)
+    assert later.entries[0] is earlier.entries[0], "a trial is made once"
+    assert (len(earlier.entries), len(later.entries)) == (1, 2)
+    stock.set_user_attr("note", 1)
+    stock._storage.set_study_system_attr(stock._study_id, "place", 7)
+    history.refresh()
+    assert history.snapshot(spec.space).attributes["place"] == 7
+    assert "place" not in later.attributes
 
 
 def test_threads_may_refresh_while_others_write(engine: Engine, stock: optuna.Study) -> None:

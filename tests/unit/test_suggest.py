@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from optuna.trial import TrialState
 
 from hpo.errors import Conflict, DatabaseUnavailable, Fault
-from hpo.history import History
+from hpo.history import History, entry_of
 from hpo.suggest import NothingFeasible, choose, suggest
 from tests.unit.test_samplers import ALL, SPACE, Study, bowl, spec_of
 
@@ -131,7 +131,7 @@ def test_a_queued_point_that_waits_is_not_suggested_as_well() -> None:
     waiting = study.ask()
     rest = study.add(waiting, TrialState.WAITING, None, {"fixed_params": dict(waiting.params)})
     rest.trial.params.clear()
-    study.entries = [type(rest)(rest.trial, rest.plain, rest.marked, False, False).checked_by(study.spec.space)]
+    study.entries = [entry_of(rest.trial).checked_by(study.spec.space)]
     assert study.entries[0].key is None
     assert all(choose(study.spec, study.snapshot, n).params != waiting.params for n in range(1, 8))
 
