@@ -114,6 +114,10 @@ class _Asking:
             KeyReused: the idempotency key came with another body.
         """
         cursor = _NOWHERE
+        if known is not None:
+            if not known.history.version:
+                known.history.refresh()  # a cold one is read in bulk, once
+            cursor = known.history.cursor().arguments()
         guess = None if known is None else known.study
         seen: dict[str, Any] = database.call(
             self._desk.engine, LOOK, self.who | cursor | {"study": study, "guess": guess, "skip": self._skip}
@@ -133,7 +137,7 @@ class _Asking:
             raise _Answered(None)
         if known is not None and seen.get("study") == known.study:
             check_format(known.study, seen["format"])
-            known.history.refresh()
+            known.history.apply(seen["changes"])
         return seen
 
     def pass_over(self, head: Head) -> None:
