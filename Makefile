@@ -2,7 +2,7 @@
 #   make demo [SERVE=1] [JSON=FILE]   a whole study, live, in a few minutes
 #   make test [T=tests/unit]          the tests, or some of them
 #   make install                      only the virtual environment, in .venv
-#   make bench [JSON=bench.json]      how fast, and how much a minute learns (half an hour on two cores)
+#   make bench [JSON=bench.json]      how fast, how much a minute learns, how well it searches (two hours on two cores)
 #   make lint | make format           what must hold before anything lands | let ruff tidy up
 # Each does its own set-up. PYTHON=python3.12 picks a Python, TORCH_INDEX_URL=https://... an index of torch builds.
 
@@ -40,7 +40,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(T)
 
 bench: $(VENV)/.installed
-	@$(BIN)/python -m benchmarks.trainer --json $(or $(JSON),bench.json)
+	@$(BIN)/python -m benchmarks.every --json $(or $(JSON),bench.json) $(B)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .

@@ -83,7 +83,7 @@ def busy(sheet: Sheet) -> None:
         loaded = stock.load(address(other), theirs)
         if name == "busy":
             calls.busy(hpo, study, trials, reports)
-            calls.stock_busy(loaded, trials, reports)
+            calls.stock_busy(loaded, other, trials, reports)
         sides[name], sides[f"stock {name}"] = calls.our_ask(hpo, study), calls.stock_ask(loaded)
     ms = sheet.results.details["busy"] = calls.turns(sides, scale.asks)
     ours, theirs_ = (median(ms[f"{s}busy"]) / median(ms[f"{s}idle"]) for s in ("", "stock "))

@@ -84,6 +84,18 @@ class Place:
         return made
 
     @contextlib.contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """No autovacuum while the block runs: it writes, and its transactions would be counted as somebody's."""
+        with self.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            for statement in ("ALTER SYSTEM SET autovacuum = off", "SELECT pg_reload_conf()"):
+                connection.exec_driver_sql(statement)
+            try:
+                yield
+            finally:
+                for statement in ("ALTER SYSTEM RESET autovacuum", "SELECT pg_reload_conf()"):
+                    connection.exec_driver_sql(statement)
+
+    @contextlib.contextmanager
     def pinned(self) -> Iterator[int | None]:
         """PostgreSQL and this process on the last core while the block runs; the first one is yielded, for a server.
 

@@ -30,6 +30,7 @@ def http(sheet: Sheet) -> None:
         if not sheet.wants(name):
             continue
         rates: dict[str, list[float]] = {"ours": [], "stock": []}
+        cores: dict[str, list[float]] = {"ours": [], "stock": []}
         trouble = set()
         for turn in range(scale.http_turns):
             study = past.launch(hpo, f"{sampler}-{turn}", sampler)
@@ -39,14 +40,17 @@ def http(sheet: Sheet) -> None:
                 with sheet.place.pinned() as core, sheet.place.serve(database, core=core, stock=stocks) as served:
                     load = fleet.trials(served.url, served.token, study, clients=scale.clients,
                                         warm_s=scale.http_s / 4, seconds=scale.http_s)  # fmt: skip
+                    used = Processor({"API": served.pid})
                     rate, heard = asyncio.run(load)
+                    cores[who].append(used.cores()["API"])
                 rates[who].append(rate)
                 if heard.errors:
                     trouble.add(f"{who}: {sheet.heard(f'{name} {who} {turn}', heard)}")
-        sheet.results.details[name] = rates
+        sheet.results.details[name] = {"trials/s": rates, "cores": cores}
         ours, theirs_ = median(rates["ours"]), median(rates["stock"])
         note = f"{ours:.1f} trials/s ({spread(rates['ours'], 1)}) against {theirs_:.1f} ({spread(rates['stock'], 1)})"
-        sheet.add(name, ours / theirs_, "; ".join([f"{note}, {scale.clients} clients", *sorted(trouble)]))
+        note += f"; API {median(cores['ours']):.2f} and {median(cores['stock']):.2f} cores; {scale.clients} clients"
+        sheet.add(name, ours / theirs_, "; ".join([note, *sorted(trouble)]))
 
 
 def paced(sheet: Sheet) -> None:

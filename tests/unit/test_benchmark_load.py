@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
-from benchmarks import coordinator, fleet, past
+from benchmarks import coordinator, every, fleet, past
 from benchmarks.place import coordinator as coordinator_on
 from benchmarks.plain_http import Answer, Broken, Connection, Parser
 from benchmarks.wire import Count, Relay, Scanner, writes
@@ -182,3 +184,21 @@ def test_every_figure_has_its_goal_and_one_part_that_measures_it(tmp_path: Path,
     with pytest.raises(SystemExit):
         coordinator.main(["--json", str(tmp_path / "bench.json"), "--only", "ask_vs_stock", "speed"])
     assert "no figure named speed" in capsys.readouterr().err
+
+
+def test_one_benchmark_that_breaks_costs_the_others_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], **_: Any) -> SimpleNamespace:
+        name, file = command[2].removeprefix("benchmarks."), Path(command[4])
+        if name == "coordinator":
+            return SimpleNamespace(returncode=1)
+        file.write_text(json.dumps({"figures": [{"name": f"{name}_speed", "value": 1, "unit": "", "goal": ""}]}))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(every.subprocess, "run", run)
+    file = tmp_path / "bench.json"
+    with pytest.raises(SystemExit) as end:
+        every.main(["--json", str(file)])
+    assert end.value.code == 1
+    document = json.loads(file.read_text())
+    assert [figure["name"] for figure in document["figures"]] == ["trainer_speed", "search_speed"]
+    assert set(document["parts"]) == {"trainer", "search"}
