@@ -253,31 +253,13 @@ COUNTS = sa.text("""
     SELECT study_id, CASE state WHEN 'COMPLETE' THEN 'infeasible' ELSE 'cancelled' END, trials FROM marked
 """)
 
-# What of its budget a study has used. Every trial ever leased counts, except the cancelled.
-_TRIALS_USED = f"""
-    SELECT (SELECT count(*) FROM whetstone.attempts a WHERE a.study_id = {{study}} AND a.attempt = 1)
-         - (SELECT count(*) FROM public.trials t
-            JOIN whetstone.attempts a ON a.trial_id = t.trial_id AND a.attempt = 1
-            WHERE t.study_id = {{study}} AND t.state = 'FAIL' AND {CANCELLED})
-"""
-_HOURS_USED = """
-    SELECT coalesce(sum(extract(epoch FROM coalesce(a.ended_at, clock_timestamp()) - a.leased_at)), 0) / 3600.0
-    FROM whetstone.attempts a WHERE a.study_id = {study}
-"""
-TRIALS_USED = sa.text(_TRIALS_USED.format(study=":study"))
-HOURS_USED = sa.text(_HOURS_USED.format(study=":study"))
-USED = sa.text(f"""
-    SELECT s.study_id, ({_TRIALS_USED.format(study="s.study_id")}) AS trials,
-           ({_HOURS_USED.format(study="s.study_id")}) AS hours
-    FROM unnest(CAST(:studies AS integer[])) AS s (study_id)
-""")
-
-# What has become of one trial.
-STATE_OF = sa.text(f"SELECT {STATE} FROM public.trials t WHERE t.trial_id = :trial_id")
-
-# Trials that were begun and are not finished: leased now, or queued between two attempts.
-OPEN = sa.text("""
-    SELECT (SELECT count(*) FROM whetstone.attempts WHERE study_id = :study AND state = 'leased') AS leased,
-           (SELECT count(*) FROM public.trials t WHERE t.study_id = :study AND t.state = 'WAITING'
-              AND EXISTS (SELECT 1 FROM whetstone.attempts a WHERE a.trial_id = t.trial_id)) AS between_attempts
+# What of their budgets studies have used: counted by whoever begins or ends an attempt, and what is running now.
+USED = sa.text("""
+    SELECT s.study_id, s.trials_used AS trials, (s.seconds_used + coalesce(live.seconds, 0)) / 3600 AS hours
+    FROM whetstone.studies s
+    CROSS JOIN LATERAL (
+        SELECT sum(extract(epoch FROM clock_timestamp() - a.leased_at)) AS seconds
+        FROM whetstone.attempts a WHERE a.study_id = s.study_id AND a.state = 'leased'
+    ) AS live
+    WHERE s.study_id = ANY(CAST(:studies AS integer[]))
 """)
