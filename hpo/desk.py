@@ -24,6 +24,7 @@ from hpo.database import call, transaction
 from hpo.errors import Fault, Invalid, NewerFormat, NotFound
 from hpo.history import History
 from hpo.protocol import Workload
+from hpo.pruning import Pruning
 from hpo.spec import StudySpec, cannot_sample, load
 from hpo.storage import PostgresStorage
 from hpo.suggester import Suggester
@@ -49,6 +50,7 @@ class Known:
     spec: StudySpec
     history: History
     suggester: Suggester
+    pruning: Pruning
     sampling: threading.Lock = field(default_factory=threading.Lock)
     unusable: str = ""
     """Why this server cannot sample for the study although it could be launched once; empty where it can."""
@@ -139,7 +141,7 @@ class Desk:
         """Return knowledge of a study without remembering it: its launch may yet be rolled back."""
         history = History(self.engine, study)
         suggester = Suggester(spec, history, self.workloads.get(spec.workload))
-        return Known(study, spec, history, suggester, unusable=unusable)
+        return Known(study, spec, history, suggester, Pruning(self.engine, study), unusable=unusable)
 
     def forget(self, study: int) -> None:
         """Drop what is known of a study that was deleted."""

@@ -100,12 +100,10 @@ def _judged(desk: Desk, lease: int, values: dict[int, float]) -> pruners.Verdict
         place = database.call(desk.engine, OF_LEASE, {"lease": _known_id(lease)})
         if place is None:
             return going_on
-    study, _, number = place
+    study, trial, number = place
     try:
         known = desk.recall(study)
-        if known.spec.pruner.name == "none":
-            return going_on
-        return pruners.should_prune(known.spec, known.history, number, values)
+        return pruners.judge_now(known.spec, known.pruning, trial, number, values)
     except DatabaseUnavailable:
         raise
     except NotFound:

@@ -19,7 +19,6 @@ from sqlalchemy import Engine
 from hpo import database, rows
 from hpo.errors import NotFound
 from hpo.history import CHANGES, History
-from hpo.pruners import should_prune
 from hpo.spec import StudySpec, parse
 from hpo.storage import PostgresStorage
 from hpo.suggest import Suggestion, suggest
@@ -374,15 +373,3 @@ def test_stock_optuna_goes_on_with_our_study_and_we_with_its(engine: Engine, sto
             store(engine, study, made, float(made.params["x"]))
     assert len(by_number(history, spec)) == 24
     assert stock.best_value > 0.5
-
-
-def test_a_pruner_judges_by_stored_reports(engine: Engine, stock: optuna.Study) -> None:
-    spec = spec_of(pruner={"name": "median", "n_startup_trials": 2})
-    history = History(engine, stock._study_id)
-    for top in (0.5, 0.6, 0.7):
-        stock.add_trial(trial_of(TrialState.COMPLETE, top, intermediate_values={0: top}))
-    good, bad = stock.ask(DISTRIBUTIONS), stock.ask(DISTRIBUTIONS)
-    good.report(0.9, 0)
-    bad.report(0.1, 0)
-    assert not should_prune(spec, history, good.number).prune
-    assert should_prune(spec, history, bad.number).prune

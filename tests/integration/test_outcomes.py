@@ -98,7 +98,7 @@ def test_a_pruner_that_fails_prunes_nothing(engine: sa.Engine, monkeypatch: pyte
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("hpo.pruners.should_prune", broken)
+    monkeypatch.setattr("hpo.pruners.judge_now", broken)
     assert report(desk, must_claim(desk), {0: 0.1}).verdict == Verdict.GO_ON
 
 

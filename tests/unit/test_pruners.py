@@ -1,138 +1,189 @@
-"""A pruner stops what lags behind, says the same again, and keeps its rungs where they are."""
+"""A pruner stops what lags behind, as Optuna's own would, says the same again, and keeps its rungs where they are."""
 
 from __future__ import annotations
 
+import math
+import random
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import optuna
 import pytest
-from optuna.trial import TrialState
+from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, SuccessiveHalvingPruner
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-from hpo.history import CONSTRAINT, entry_of
-from hpo.pruners import RESOURCE, Verdict, judge
-from tests.unit.test_samplers import Study, spec_of
+from hpo.pruners import Verdict, judge
+from hpo.pruning import RESOURCE, RUNG, Rivals
+from hpo.spec import StudySpec, parse
 
-X = [{"name": "x", "type": "float", "low": 0, "high": 1}]
-
-
-def study_with(pruner: Any, *curves: dict[int, float], direction: str = "maximize") -> Study:
-    """A study with one complete trial for each curve, and a running one without reports."""
-    study = Study(spec_of("random", X, pruner=pruner, direction=direction))
-    for curve in curves:
-        study.add(study.ask(), TrialState.COMPLETE, max(curve.values()), {CONSTRAINT: 0}, curve)
-    study.add(study.ask(), TrialState.RUNNING)
-    return study
+SPACE = [{"name": "x", "type": "float", "low": 0, "high": 1}]
+NAME = "s"
 
 
-def verdict(study: Study, reports: dict[int, float], number: int | None = None) -> Verdict:
-    return judge(study.spec, study.snapshot, len(study.entries) - 1 if number is None else number, reports)
+def spec_of(pruner: Any, direction: str = "maximize") -> StudySpec:
+    return parse({"name": NAME, "workload": "external", "space": SPACE, "pruner": pruner, "direction": direction}, {})
+
+
+def rivals(trials: Sequence[FrozenTrial], number: int, reports: dict[int, float], **more: Any) -> Rivals:
+    """What a study with these trials tells about one of them, or about the next one."""
+    others = [trial for trial in trials if trial.number != number]
+    own = next((trial for trial in trials if trial.number == number), None)
+    complete = [trial for trial in others if trial.state == TrialState.COMPLETE]
+    reports = {**(own.intermediate_values if own else {}), **reports}
+    step = max(reports, default=0)
+    steps = [trial.last_step for trial in complete if trial.last_step is not None]
+    at_step = [trial.intermediate_values[step] for trial in complete if step in trial.intermediate_values]
+    reached = {} if own is None else rungs_of(own)
+    rungs: dict[int, list[tuple[int, float]]] = {}
+    for trial in others:
+        for rung, value in rungs_of(trial).items():
+            rungs.setdefault(rung, []).append((trial.number, value))
+    return Rivals(
+        NAME,
+        reports,
+        reached,
+        len(complete),
+        np.array(at_step, dtype=float),
+        max(steps, default=None),
+        rungs=rungs,
+        **more,
+    )
+
+
+def rungs_of(trial: FrozenTrial) -> dict[int, float]:
+    return {int(key.removeprefix(RUNG)): value for key, value in trial.system_attrs.items() if key.startswith(RUNG)}
 
 
 def rising(top: float, epochs: int = 10) -> dict[int, float]:
     return {epoch: top * (epoch + 1) / epochs for epoch in range(epochs)}
 
 
+def completed(*curves: dict[int, float]) -> list[FrozenTrial]:
+    trials = [create_trial(value=max(curve.values()), intermediate_values=curve) for curve in curves]
+    for number, trial in enumerate(trials):
+        trial.number = number
+    return trials
+
+
+def verdict(
+    pruner: Any, trials: Sequence[FrozenTrial], reports: dict[int, float], direction: str = "maximize"
+) -> Verdict:
+    return judge(spec_of(pruner, direction), len(trials), rivals(trials, len(trials), reports))
+
+
+# As Optuna's own
+
+
+OPTUNAS: dict[str, type[BasePruner]] = {
+    "median": MedianPruner,
+    "successive_halving": SuccessiveHalvingPruner,
+    "hyperband": HyperbandPruner,
+}
+PRUNERS = [
+    {"name": "median", "n_startup_trials": 2},
+    {"name": "median", "n_startup_trials": 0, "n_warmup_steps": 3, "interval_steps": 4, "n_min_trials": 3},
+    {"name": "successive_halving", "min_resource": 1, "reduction_factor": 2},
+    {
+        "name": "successive_halving",
+        "min_resource": 2,
+        "reduction_factor": 3,
+        "min_early_stopping_rate": 1,
+        "bootstrap_count": 3,
+    },
+    {"name": "successive_halving", "min_resource": "auto", "reduction_factor": 2},
+    {"name": "hyperband", "min_resource": 1, "max_resource": 27, "reduction_factor": 3},
+    {"name": "hyperband", "min_resource": 2, "max_resource": 40, "reduction_factor": 2, "bootstrap_count": 2},
+    {"name": "hyperband", "min_resource": 1, "max_resource": "auto", "reduction_factor": 3},
+]
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice")
+@pytest.mark.parametrize("direction", ["maximize", "minimize"])
+@pytest.mark.parametrize("pruner", PRUNERS, ids=lambda pruner: "-".join(map(str, pruner.values())))
+def test_it_says_what_optunas_own_pruner_says_at_every_report(pruner: dict[str, Any], direction: str) -> None:
+    """Trials side by side, some longer than others, some values lost, in a random order: judged by both each time."""
+    rng = random.Random(f"{pruner} {direction}")
+    spec = spec_of(pruner, direction)
+    theirs = OPTUNAS[pruner["name"]](**{name: value for name, value in pruner.items() if name != "name"})
+    study = optuna.create_study(study_name=NAME, direction=direction, pruner=theirs)
+    sign = 1 if direction == "maximize" else -1
+    settled: dict[str, Any] = {}
+    running: list[tuple[Trial, float, int]] = []
+    said: list[bool] = []
+    for _ in range(500):
+        if len(running) < 4:
+            running.append((study.ask(), rng.random(), rng.choice([9, 30, 45])))
+        place = rng.randrange(len(running))
+        trial, quality, length = running[place]
+        stored = study.get_trials(deepcopy=False)
+        before = stored[trial.number]
+        step = (-1 if before.last_step is None else before.last_step) + rng.choice([1, 1, 2])
+        value = math.nan if rng.random() < 0.02 else sign * quality * (step + 1) / 50 + rng.gauss(0, 0.02)
+        ours = judge(spec, trial.number, rivals(stored, trial.number, {step: value}, resource=settled.get(RESOURCE)))
+        settled |= ours.study_system_attrs
+        reached = set(rungs_of(before))
+        trial.report(value, step)
+        assert ours.prune == trial.should_prune(), (trial.number, step)
+        after = rungs_of(study.get_trials(deepcopy=False)[trial.number])
+        news = {f"{RUNG}{rung}": after[rung] for rung in after if rung not in reached}
+        assert ours.trial_system_attrs == news
+        said.append(ours.prune)
+        if ours.prune or step >= length:
+            running.pop(place)
+            if ours.prune:
+                study.tell(trial, state=TrialState.PRUNED)
+            else:
+                study.tell(trial, sign * quality)
+    assert 5 < sum(said) < len(said) - 5, "both answers were given"
+
+
+# Ours
+
+
 def test_without_a_pruner_everything_goes_on() -> None:
-    assert verdict(study_with("none", rising(0.9)), {0: 0.0}) == Verdict(prune=False)
+    assert verdict("none", completed(rising(0.9)), {0: 0.0}) == Verdict(prune=False)
 
 
 def test_the_median_stops_what_lags_behind_and_nothing_else() -> None:
-    study = study_with({"name": "median", "n_startup_trials": 3}, rising(0.5), rising(0.6), rising(0.7))
-    assert verdict(study, {0: 0.01, 1: 0.05}).prune
-    assert not verdict(study, {0: 0.01, 1: 0.2}).prune
-    assert not verdict(study_with({"name": "median", "n_startup_trials": 4}, *[rising(0.5)] * 3), {0: 0.0}).prune
-    assert not verdict(study_with({"name": "median", "n_warmup_steps": 5}, *[rising(0.5)] * 6), {2: 0.0}).prune
+    trials = completed(rising(0.5), rising(0.6), rising(0.7))
+    pruner = {"name": "median", "n_startup_trials": 3}
+    assert verdict(pruner, trials, {0: 0.01, 1: 0.05}).prune
+    assert not verdict(pruner, trials, {0: 0.01, 1: 0.2}).prune
+    assert not verdict({"name": "median", "n_startup_trials": 4}, trials, {0: 0.0}).prune
+    assert not verdict({"name": "median", "n_warmup_steps": 5}, trials * 2, {2: 0.0}).prune
 
 
 def test_the_median_of_a_study_that_minimizes_stops_what_is_too_high() -> None:
-    pruner = {"name": "median", "n_startup_trials": 2}
-    study = study_with(pruner, {0: 1.0}, {0: 2.0}, {0: 3.0}, direction="minimize")
-    assert verdict(study, {0: 2.5}).prune
-    assert not verdict(study, {0: 0.5}).prune
+    pruner, trials = {"name": "median", "n_startup_trials": 2}, completed({0: 1.0}, {0: 2.0}, {0: 3.0})
+    assert verdict(pruner, trials, {0: 2.5}, "minimize").prune
+    assert not verdict(pruner, trials, {0: 0.5}, "minimize").prune
 
 
-def test_diverged_and_cancelled_trials_do_not_lower_the_median() -> None:
-    study = study_with({"name": "median", "n_startup_trials": 2}, rising(0.5), rising(0.6))
-    for _ in range(5):
-        study.add(study.ask(), TrialState.COMPLETE, 0.05, {CONSTRAINT: 1}, dict.fromkeys(range(10), 0.05))
-        study.add(study.ask(), TrialState.FAIL, None, {"whetstone:cancelled": True}, dict.fromkeys(range(10), 0.05))
-    assert verdict(study, {3: 0.06}, number=2).prune
+def test_a_trial_without_reports_goes_on() -> None:
+    for name in ("median", "successive_halving", "hyperband"):
+        assert verdict(name, completed(rising(0.5)), {}) == Verdict(prune=False)
 
 
-def test_stored_and_new_reports_are_judged_together() -> None:
-    study = study_with({"name": "median", "n_startup_trials": 2}, rising(0.5), rising(0.6))
-    running = study.entries.pop().trial
-    running.intermediate_values = {0: 0.9}
-    study.entries.append(entry_of(running).checked_by(study.spec.space))
-    assert not verdict(study, {1: 0.01}).prune, "its best so far is above the median"
-    assert running.intermediate_values == {0: 0.9}
-    assert not verdict(study, {}).prune
+def test_a_value_that_is_not_a_number_is_stopped() -> None:
+    assert verdict({"name": "median", "n_startup_trials": 1}, completed(rising(0.5)), {0: math.nan}).prune
 
 
-def test_a_trial_without_reports_or_unknown_goes_on() -> None:
-    study = study_with("median", rising(0.5))
-    assert verdict(study, {}) == Verdict(prune=False)
-    assert verdict(study, {0: 0.0}, number=99) == Verdict(prune=False)
-
-
-def test_halving_promotes_the_best_of_each_rung_through_stored_attributes() -> None:
-    study = Study(spec_of("random", X, pruner={"name": "successive_halving", "min_resource": 1, "reduction_factor": 2}))
-    outcomes = []
-    for number in range(8):
-        study.add(study.ask(), TrialState.RUNNING)
-        made = verdict(study, {0: 0.1, 1: 0.1 * (number % 4)})
-        outcomes.append(made.prune)
-        assert made.trial_system_attrs["completed_rung_0"] == pytest.approx(0.1 * (number % 4))
-        assert verdict(study, {0: 0.1, 1: 0.1 * (number % 4)}) == made, "asked again before it is stored: the same"
-        study.entries[-1].plain.system_attrs.update(made.trial_system_attrs)
-    assert outcomes[0] is False
-    assert outcomes[3] is False
-    assert outcomes[4] is True
-    assert outcomes[7] is False
-
-
-def test_the_rungs_of_a_cancelled_trial_do_not_compete() -> None:
-    study = Study(spec_of("random", X, pruner={"name": "successive_halving", "min_resource": 1, "reduction_factor": 2}))
-    for mark in ({}, {"whetstone:cancelled": True}):
-        study.entries.clear()
-        study.add(study.ask(), TrialState.FAIL, None, {"completed_rung_0": 0.9, **mark}, {1: 0.9})
-        study.add(study.ask(), TrialState.RUNNING)
-        assert verdict(study, {1: 0.5}).prune == (not mark)
+def test_what_is_asked_again_before_it_is_stored_is_answered_alike() -> None:
+    pruner = {"name": "successive_halving", "min_resource": 1, "reduction_factor": 2}
+    first = verdict(pruner, [], {1: 0.5})
+    assert first.trial_system_attrs == {f"{RUNG}0": 0.5}
+    assert verdict(pruner, [], {1: 0.5}) == first
 
 
 @pytest.mark.parametrize(("name", "resource"), [("successive_halving", 2), ("hyperband", 250)])
 def test_an_automatic_resource_is_resolved_once_and_kept(name: str, resource: int) -> None:
-    study = study_with(name, rising(0.9, 250))
-    first = verdict(study, {0: 0.5, 1: 0.5})
-    assert first.study_system_attrs == {RESOURCE: resource}
-    study.attributes |= first.study_system_attrs
-    study.add(study.ask(), TrialState.COMPLETE, 0.9, {CONSTRAINT: 0}, rising(0.9, 1000))
-    assert verdict(study, {0: 0.5}, number=1).study_system_attrs == {}
+    trials = completed(rising(0.9, 250))
+    assert verdict(name, trials, {0: 0.5, 1: 0.5}).study_system_attrs == {RESOURCE: resource}
+    longer = rivals(completed(rising(0.9, 250), rising(0.9, 1000)), 2, {0: 0.5}, resource=resource)
+    assert judge(spec_of(name), 2, longer).study_system_attrs == {}
 
 
 def test_an_automatic_resource_waits_for_a_complete_trial() -> None:
     for name in ("successive_halving", "hyperband"):
-        assert verdict(study_with(name), {0: 0.0, 50: 0.0}) == Verdict(prune=False)
-
-
-def test_hyperband_stops_laggards_and_keeps_each_trial_in_its_bracket() -> None:
-    pruner = {"name": "hyperband", "min_resource": 1, "max_resource": 27, "reduction_factor": 3}
-    study = Study(spec_of("random", X, pruner=pruner))
-    pruned = []
-    for number in range(40):
-        study.add(study.ask(), TrialState.RUNNING)
-        quality = (number * 7 % 40) / 40
-        for epoch in (1, 3, 9, 27):
-            made = verdict(study, dict.fromkeys(range(epoch + 1), quality))
-            study.entries[-1].plain.system_attrs.update(made.trial_system_attrs)
-            if made.prune:
-                pruned.append(quality)
-                break
-    assert 10 < len(pruned) < 40
-    assert sum(pruned) / len(pruned) < 0.5
-    assert max(pruned) < 1.0
-
-
-@pytest.mark.filterwarnings("ignore:All-NaN slice")
-def test_a_value_that_is_not_a_number_is_stopped_and_not_a_crash() -> None:
-    study = study_with({"name": "median", "n_startup_trials": 1}, rising(0.5), rising(0.6))
-    assert verdict(study, {0: float("nan")}).prune
+        assert verdict(name, [], {0: 0.0, 50: 0.0}) == Verdict(prune=False)
