@@ -1,6 +1,7 @@
 # Whetstone: everything a person runs, from a fresh checkout with Python 3.11 and make.
 #   make demo [SERVE=1] [JSON=FILE]   a whole study, live, in a few minutes
 #   make test [T=tests/unit]          the tests, or some of them
+#   make soak [SEED=n]                a thousand random schedules, outages of 0, 20 and 60 s (an hour; CONTRIBUTING.md)
 #   make install                      only the virtual environment, in .venv
 #   make bench [JSON=bench.json]      how fast, how much a minute learns, how well it searches (two hours on two cores)
 #   make lint | make format           what must hold before anything lands | let ruff tidy up
@@ -14,10 +15,10 @@ TORCH := torch==2.13.0
 T ?= tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test bench lint format
+.PHONY: help install demo test soak bench lint format
 
 help:
-	@sed -n '1,7s/^# \{0,1\}//p' Makefile
+	@sed -n '1,8s/^# \{0,1\}//p' Makefile
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (about a minute the first time)"
@@ -38,6 +39,10 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(T)
+
+soak: $(VENV)/.installed-dev
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.soak $(if $(SEED),--seed $(SEED)) \
+		$(if $(SCHEDULES),--schedules $(SCHEDULES)) $(if $(ONLY),--only $(ONLY)) $(if $(OUTAGES),--outages $(OUTAGES))
 
 bench: $(VENV)/.installed
 	@$(BIN)/python -m benchmarks.every --json $(or $(JSON),bench.json) $(B)

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from hpo.rest import ApiError, Client, is_transient, new_key
 from tests.faults.schedule_checks import Auditor
-from workers.client import ApiError, Client, is_transient, new_key
 
 
 @dataclass

@@ -5,7 +5,6 @@ step; `compare` holds the books of the clients against the database when all is 
 sentence each.
 """
 
-
 from __future__ import annotations
 
 import json

@@ -242,16 +242,20 @@ class Place:
         self.desk.close()
         self.proxy.close()
 
-    def watched(self, begin: float, end: float) -> bool:
-        """Whether its reaper came by from `begin` to `end` without a gap, so that it could act all the time."""
-        at = begin
+    def came_by(self, since: float) -> bool:
+        """Whether its reaper has come and gone since then with a whole term without a gap behind it: it could act."""
+        gap_s = GAP_TERMS * self._house.term_s * 0.9
+        unbroken, before = 0.0, -1e9
         for came, went, fine in list(self.ticks):
-            if went < begin or came > end:
+            if not fine:
+                before = -1e9
                 continue
-            if not fine or went - at > GAP_TERMS * self._house.term_s * 0.9:
-                return False
-            at = came
-        return end - at <= GAP_TERMS * self._house.term_s * 0.9
+            if went - before > gap_s:
+                unbroken = went  # contact begins anew
+            elif came >= since and came - unbroken > self._house.term_s:
+                return True
+            before = came
+        return False
 
 
 class House:
@@ -280,9 +284,9 @@ class House:
             for place in self.places:
                 place.desk.go_on()
 
-    def watched(self, begin: float, end: float) -> bool:
-        """Whether at least one coordinator could have acted on a lease all the time from `begin` to `end`."""
-        return any(place.watched(begin, end) for place in self.places)
+    def came_by(self, since: float) -> bool:
+        """Whether some coordinator could have acted on a lease that was over at that time."""
+        return any(place.came_by(since) for place in self.places)
 
     def close(self) -> None:
         for place in self.places:

@@ -313,8 +313,7 @@ class Player:
         self.broken += [*broken, *self.auditor.look()]
         for lease, seconds in self.auditor.overdue():
             if seconds > 2 * self.term_s:
-                now = time.monotonic()
-                if self.house.watched(now - 2 * self.term_s, now - self.term_s / 2):
+                if self.house.came_by(time.monotonic() - seconds + 0.05):
                     self._break(f"lease {lease} has been over for {seconds:.2f} s, and nobody has taken its trial back")
                 else:
                     self.excused += 1

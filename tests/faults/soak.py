@@ -103,9 +103,11 @@ def main() -> int:
     failed = False
     with tempfile.TemporaryDirectory(prefix="whetstone-soak-") as folder:
         began = time.monotonic()
+        tally = Tally()
         fast = {"fsync": "off", "full_page_writes": "off", "synchronous_commit": "off", "max_connections": "200"}
-        with EmbeddedPostgres(Path(folder) / "postgres", settings=fast) as server:
-            tally = play_schedules(given.seed, numbers, server.url, Path(folder))
+        if numbers:
+            with EmbeddedPostgres(Path(folder) / "postgres", settings=fast) as server:
+                tally = play_schedules(given.seed, numbers, server.url, Path(folder))
         for broken in tally.broken:
             failed = True
             print(f"\n{broken}", flush=True)

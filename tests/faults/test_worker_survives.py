@@ -81,32 +81,6 @@ def test_a_restart_of_the_api_mid_trial_loses_no_report(tmp_path: Path, postgres
         assert [attempt["state"] for attempt in seen["history"]] == ["complete"], "one attempt: the lease was kept"
 
 
-def test_an_outage_of_the_database_mid_trial_loses_no_report(tmp_path: Path) -> None:
-    from hpo import database
-    from hpo.embedded import EmbeddedPostgres
-
-    epochs = 25
-    postgres = EmbeddedPostgres(tmp_path / "postgres")
-    postgres.start()
-    try:
-        with service(tmp_path / "home", postgres.url, term_s=2.0) as running:
-            number = launch(running, epochs=epochs, pairs_per_epoch=320, checkpoint_every_s=5)
-            running.start_worker("w1")
-            running.until(lambda: len(trial(running, number)["curve"]) >= 3, 60, "nothing was reported")
-            before = postgres.url
-            postgres.stop()
-            time.sleep(2.5)
-            postgres.start()
-            assert postgres.url == before
-            running.until(lambda: trial(running, number)["state"] == "complete", 90, "the trial did not finish")
-            seen = trial(running, number)
-            assert [point["epoch"] for point in seen["curve"]] == list(range(epochs))
-            assert [attempt["state"] for attempt in seen["history"]] == ["complete"]
-    finally:
-        database.connect(postgres.url).dispose()
-        postgres.stop()
-
-
 def test_a_worker_that_is_started_before_the_api_waits_and_then_works(tmp_path: Path, postgres_url: str) -> None:
     with service(tmp_path / "home", postgres_url) as running:
         number = launch(running)
