@@ -42,6 +42,12 @@ def launch(
     target: Annotated[float | None, typer.Option(help="Stop once a trial reaches this value.")] = None,
     sampler: Annotated[str | None, typer.Option(help="auto, tpe, gp, cmaes, random or qmc.")] = None,
     pruner: Annotated[str | None, typer.Option(help="none, median, successive_halving or hyperband.")] = None,
+    seed_from: Annotated[
+        list[str] | None, typer.Option(help="A study, by number or name, to begin with; may be given several times.")
+    ] = None,
+    seed_top: Annotated[
+        int, typer.Option(min=1, max=1000, help="How many of its points to try where its values do not count here.")
+    ] = 10,
     sets: Annotated[list[str] | None, typer.Option("--set", help="Any other field, as KEY.PATH=VALUE.")] = None,
     url: Url = None,
     token: Token = None,
@@ -58,6 +64,9 @@ def launch(
     budget = {k: v for k, v in {"trials": trials, "hours": hours, "target": target}.items() if v is not None}
     if budget:
         overrides["budget"] = {**overrides.get("budget", {}), **budget}
+    if seed_from:
+        named = [int(text) if text.isdecimal() else text for text in seed_from]
+        overrides["seed_from"] = [{"study": study, "top": seed_top} for study in named]
     with connect(url, token) as client:
         made = client.post("/api/v1/studies", json=presets.merge(document, overrides))
         if json:
@@ -66,8 +75,19 @@ def launch(
         output.out.print(
             f"Study {made['study']} [bold]{output.escape(made['name'])}[/] is {output.state(made['state'])}."
         )
+        _seeds(made)
         output.out.print(f"Watch it:   {client.url}/studies/{made['study']}", soft_wrap=True)
         output.out.print(f"Best so far: whetstone study best {made['study']}")
+
+
+def _seeds(item: dict[str, Any]) -> None:
+    for seed in item["seeded"]:
+        name = f"study {seed['study']} [bold]{output.escape(seed['name'])}[/]"
+        if seed["exact"]:
+            output.out.print(f"seeded   by {name}: {seed['trials']} finished trials, recorded with their values")
+        else:
+            told = f"{seed['trials']} points queued, as far as {', '.join(seed['parameters'])}"
+            output.out.print(f"seeded   by {name}: {told}; without values, because {output.escape(seed['why'])}")
 
 
 @app.command("list")
@@ -107,6 +127,7 @@ def list_studies(
 
 def _progress(item: dict[str, Any]) -> str:
     done = sum(item["counts"][s] for s in ("complete", "infeasible", "pruned", "failed"))
+    done -= sum(seed["trials"] for seed in item["seeded"] if seed["exact"])
     return f"{done}/{item['budget']['trials']}" if item["budget"]["trials"] else str(done)
 
 
@@ -128,12 +149,17 @@ def show(study: StudyName, url: Url = None, token: Token = None, json: Json = Fa
             f"budget   trials {budget['trials_used']}/{budget['trials'] or '-'}, "
             f"hours {budget['hours_used']:.2f}/{budget['hours'] or '-'}, target {budget['target'] or '-'}"
         )
+        _seeds(item)
         picked = item["picked"]
         chosen = f" ({output.escape(picked['sampler'])}: {output.escape(picked['why'])})" if picked else ""
         output.out.print(f"sampler  {item['sampler']}{chosen}, pruner {item['pruner']}, {item['direction']}")
         if item["best"]:
             best = item["best"]
-            output.out.print(f"best     trial {best['trial']}: [bold]{output.value_of(best, item['workload'])}[/]\n")
+            origin = best["seeded_from"]
+            of = f", which is trial {origin['trial']} of study {origin['study']}" if origin else ""
+            output.out.print(
+                f"best     trial {best['trial']}{of}: [bold]{output.value_of(best, item['workload'])}[/]\n"
+            )
             output.out.print(output.parameter_table(best["params"]))
         if item["fixed"]:
             output.out.print()

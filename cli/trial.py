@@ -71,6 +71,8 @@ def show(study: StudyName, trial: Number, url: Url = None, token: Token = None, 
         f"Trial {trial} of [bold]{output.escape(item['name'])}[/] is {output.state(found['state'])}"
         + (f": {output.escape(found['reason'])}" if found["reason"] else "")
     )
+    if found["seeded_from"]:
+        output.out.print(f"evaluated as trial {found['seeded_from']['trial']} of study {found['seeded_from']['study']}")
     output.out.print(f"value {output.value_of(found, item['workload'])}, seed {found['seed']}")
     if found.get("score"):
         output.out.print(f"on its study's tasks: {_score(found['score'])}")

@@ -64,6 +64,8 @@ class StudyForm(Form):
     seed: Annotated[int, Field(ge=0, le=MAX_INTEGER)] | None = None
     points: Annotated[list[Any], Field(max_length=10_000)] = Field(default_factory=list)
     fixed: dict[str, Any] = Field(default_factory=dict)
+    seed_from: Any = None
+    """A study's id or name, {study, top}, or a list of these; `hpo.spec` reads it."""
 
 
 class StoredForm(StudyForm):
@@ -71,6 +73,13 @@ class StoredForm(StudyForm):
 
     name: AnyName
     description: Annotated[str, StringConstraints(max_length=20_000)] = ""
+
+
+class SeedForm(Form):
+    """A study whose trials another one begins with."""
+
+    study: Annotated[int, Field(ge=0, lt=2**31)] | Annotated[str, StringConstraints(min_length=1, max_length=500)]
+    top: Annotated[int, Field(ge=1, le=1000)] = 10
 
 
 class ChangeForm(Form):

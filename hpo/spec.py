@@ -22,6 +22,7 @@ from hpo.document import (
     BudgetForm,
     ChangeForm,
     Form,
+    SeedForm,
     StoredForm,
     StudyForm,
     TrialForm,
@@ -37,6 +38,8 @@ from hpo.space import Flat, SearchSpace, show
 
 EXTERNAL = "external"
 """The workload of clients that evaluate an objective of their own; it has no settings to check."""
+
+MAX_SOURCES = 20
 
 
 class Unset(Enum):
@@ -69,6 +72,14 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class SeedFrom:
+    """A study, by id or name, to begin with; `top` of its points where its values cannot be taken over."""
+
+    study: int | str
+    top: int
+
+
+@dataclass(frozen=True)
 class StudySpec:
     """Everything a study was launched with. `points` and `fixed` are flat and may be partial."""
 
@@ -87,6 +98,7 @@ class StudySpec:
     max_attempts: int = 3
     points: tuple[Flat, ...] = ()
     fixed: Flat = field(default_factory=dict)
+    seed_from: tuple[SeedFrom, ...] = ()
 
     def better(self, first: float, second: float) -> bool:
         """Tell whether the value `first` beats `second`."""
@@ -164,6 +176,8 @@ def _read(
     part_faults += point_faults
     held, fixed_faults = _fixed(given.get("fixed", {}), space)
     part_faults += fixed_faults
+    seeds, seed_faults = _seeds(given.get("seed_from"))
+    part_faults += seed_faults
     workload, workload_faults = (None, []) if workloads is None else _workload(given, workloads)
     settings = given.get("settings", {})
     if workload is not None and isinstance(settings, Mapping) and not _within("settings", faults):
@@ -198,6 +212,7 @@ def _read(
         max_attempts=form.max_attempts,
         points=tuple(points),
         fixed=held,
+        seed_from=tuple(seeds),
     )
 
 
@@ -284,6 +299,7 @@ def dump(spec: StudySpec) -> dict[str, Any]:
         "seed": spec.seed,
         "points": [spec.space.nest(point) for point in spec.points],
         "fixed": spec.space.nest(spec.fixed),
+        "seed_from": [{"study": seed.study, "top": seed.top} for seed in spec.seed_from],
     }
 
 
@@ -365,3 +381,23 @@ def _fixed(data: object, space: SearchSpace | None) -> tuple[Flat, list[Fault]]:
         return {}, []  # its form has said so
     changes, faults = fixed.read(data, space)
     return fixed.merged(space, {}, changes), faults
+
+
+def _seeds(data: object) -> tuple[list[SeedFrom], list[Fault]]:
+    """Read one source or several, each a study's id or name, or an object with how many of its points to take."""
+    if data is None:
+        return [], []
+    entries = data if isinstance(data, list | tuple) else [data]
+    if len(entries) > MAX_SOURCES:
+        return [], [Fault("seed_from", f"names {len(entries)} studies; at most {MAX_SOURCES} are allowed")]
+    seeds: list[SeedFrom] = []
+    faults: list[Fault] = []
+    for place, entry in enumerate(entries):
+        at = f"seed_from[{place}]"
+        form, more = read(SeedForm, entry if isinstance(entry, Mapping) else {"study": entry}, at)
+        faults += more
+        if form is not None and any(seed.study == form.study for seed in seeds):
+            faults.append(Fault(f"{at}.study", "stands here twice"))
+        elif form is not None:
+            seeds.append(SeedFrom(form.study, form.top))
+    return seeds, faults

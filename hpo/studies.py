@@ -16,12 +16,12 @@ import sqlalchemy as sa
 from optuna.exceptions import DuplicatedStudyError
 from optuna.study import StudyDirection
 
-from hpo import events, feasibility, fixed, statements, trials, writing
+from hpo import events, feasibility, fixed, seeding, statements, trials, writing
 from hpo.desk import HISTORY_FORMAT, Desk, Known, lock, missing, one_fault, storable, too_new
 from hpo.errors import Conflict, Invalid
 from hpo.idempotency import Once, answered, guard
 from hpo.spec import UNSET, StudyChange, StudySpec, dump, parse, parse_change
-from hpo.views import STUDY_STATES, TRIAL_STATES, BudgetView, Page, StudyView, TrialView
+from hpo.views import STUDY_STATES, TRIAL_STATES, BudgetView, Page, SeedView, StudyView, TrialView
 
 _ALLOWED = {
     "running": ("paused", "stopped"),
@@ -79,10 +79,10 @@ class Used:
 
 
 def create(desk: Desk, document: object, once: Once | None = None) -> StudyView:
-    """Launch a study, with its points queued first, in order.
+    """Launch a study, with what its sources know and its points queued, in this order.
 
     Raises:
-        Invalid: names every fault of the document.
+        Invalid: names every fault of the document and of what it is to be seeded from.
         Conflict: a study of that name is there already.
         KeyReused: the idempotency key came with another body.
     """
@@ -117,6 +117,7 @@ def store(desk: Desk, conn: sa.Connection, spec: StudySpec) -> StudyView:
         "fixed": json.dumps(spec.fixed),
     }
     conn.execute(INSERT, row)
+    seeding.sow(desk, conn, study, spec)
     writing.queue_all(conn, study, spec.points)
     events.notify(conn, "study", study)
     events.notify(conn, "work", study)
@@ -296,7 +297,11 @@ def _views(conn: sa.Connection, pairs: Sequence[tuple[Known, Any]]) -> list[Stud
     counts = {study: dict.fromkeys(TRIAL_STATES, 0) for study in study_ids}
     for row in conn.execute(statements.COUNTS, {"studies": study_ids}):
         counts[row.study_id][row.state] = row.trials
-    return [_view(known, row, counts[known.study], used[known.study], best.get(known.study)) for known, row in pairs]
+    seeds = seeding.of_studies(conn, [known.study for known, _ in pairs if known.spec.seed_from])
+    return [
+        _view(known, row, counts[known.study], used[known.study], best.get(known.study), seeds.get(known.study, []))
+        for known, row in pairs
+    ]
 
 
 def _closed(row: Any) -> StudyView:
@@ -324,7 +329,9 @@ def _closed(row: Any) -> StudyView:
     )
 
 
-def _view(known: Known, row: Any, counts: dict[Any, int], used: Used, best: TrialView | None) -> StudyView:
+def _view(
+    known: Known, row: Any, counts: dict[Any, int], used: Used, best: TrialView | None, seeds: list[SeedView]
+) -> StudyView:
     budget = {"trials": row.budget_trials, "hours": row.budget_hours, "target": row.budget_target}
     held = known.spec.space.nest(known.spec.space.cast(row.fixed))
     spec = row.spec | {"budget": budget, "concurrency": row.concurrency, "notes": row.notes, "fixed": held}
@@ -348,4 +355,5 @@ def _view(known: Known, row: Any, counts: dict[Any, int], used: Used, best: Tria
         spec=spec,
         fixed=held,
         picked=row.picked,
+        seeded=seeds,
     )

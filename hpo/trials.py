@@ -24,6 +24,7 @@ from hpo.views import (
     TRIAL_STATES,
     AttemptView,
     MetricPoint,
+    OriginView,
     Page,
     ProgressPoint,
     TrialDetail,
@@ -274,14 +275,22 @@ def _view(row: Any, known: Known) -> TrialView:
         started_at=started,
         ended_at=ended,
         seconds=max(0.0, seconds),
+        seeded_from=_seeded_from(marks),
     )
 
 
-def _origin(marks: Mapping[str, Any]) -> Literal["suggested", "queued", "recorded"]:
+def _origin(marks: Mapping[str, Any]) -> Literal["suggested", "queued", "recorded", "seeded"]:
     origin = marks.get("whetstone:origin")
-    if origin in ("suggested", "queued", "recorded"):
-        return cast(Literal["suggested", "queued", "recorded"], origin)
+    if origin in ("suggested", "queued", "recorded", "seeded"):
+        return cast(Literal["suggested", "queued", "recorded", "seeded"], origin)
     return "queued" if "fixed_params" in marks else "suggested"
+
+
+def _seeded_from(marks: Mapping[str, Any]) -> OriginView | None:
+    match marks.get("whetstone:seeded_from"):
+        case [int(study), int(trial)]:
+            return OriginView(study=study, trial=trial)
+    return None
 
 
 def check_limit(limit: int, at: str = "limit") -> None:

@@ -35,6 +35,13 @@ class BudgetView(Wire):
     hours_used: float
 
 
+class OriginView(Answer):
+    """Where a seeded trial was evaluated. The study may be gone by now."""
+
+    study: int
+    trial: int
+
+
 class TrialView(Wire):
     """A trial as one row. `value` is null until it has one; `best_epoch` counts from 0."""
 
@@ -43,7 +50,7 @@ class TrialView(Wire):
     state: TrialState
     value: float | None
     params: Point
-    origin: Literal["suggested", "queued", "recorded"]
+    origin: Literal["suggested", "queued", "recorded", "seeded"]
     reason: str
     attempts: int
     worker: str | None
@@ -53,6 +60,7 @@ class TrialView(Wire):
     ended_at: datetime | None
     seconds: float
     """Wall time of all its attempts."""
+    seeded_from: OriginView | None = None
 
 
 class MetricPoint(Wire):
@@ -148,6 +156,21 @@ class PickedView(Answer):
     why: str
 
 
+class SeedView(Answer):
+    """What a study was given by another at its launch.
+
+    `exact`: that study's finished trials were recorded with their values. Otherwise its best points were queued as far
+    as the `parameters` that both search tell them, and `why` says why the values could not be taken over.
+    """
+
+    study: int
+    name: str
+    exact: bool
+    trials: int
+    parameters: list[str]
+    why: str
+
+
 class StudyView(Wire):
     study: int
     name: str
@@ -172,6 +195,8 @@ class StudyView(Wire):
     """Parameters fixed for the rest of the study; what is suggested next has these values."""
     picked: PickedView | None = None
     """What the sampler "auto" stands for now; null for another sampler, and until it has picked."""
+    seeded: list[SeedView] = Field(default_factory=list)
+    """What it began with; of its counts, trials that were recorded so are no work of this study."""
     unreadable: str = ""
     """Why this server cannot read its trials (they are then not counted here); empty where it can."""
 

@@ -47,9 +47,14 @@ def queue(
     return rows.insert_waiting(conn, study, [marks])[0]
 
 
-def queue_all(conn: sa.Connection, study: int, points: Sequence[Mapping[str, Value]]) -> None:
-    """Queue points in their order, at the price of one."""
-    rows.insert_waiting(conn, study, [_waits(flat) for flat in points])
+def queue_all(
+    conn: sa.Connection, study: int, points: Sequence[Mapping[str, Value]], reasons: Sequence[str] = ()
+) -> None:
+    """Queue points in their order, at the price of one; `reasons`, where given, are as many."""
+    marks = [_waits(flat) for flat in points]
+    for mark, reason in zip(marks, reasons, strict=False):
+        mark[REASON] = storable(reason)
+    rows.insert_waiting(conn, study, marks)
 
 
 def _waits(flat: Mapping[str, Value]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ EXTERNAL: dict[str, Any] = {
     ],
     "budget": {"trials": 50},
 }
-BLANK = {"name": "", "trials": "", "hours": "", "target": "", "sampler": "", "pruner": "", "notes": ""}
+BLANK = {"name": "", "trials": "", "hours": "", "target": "", "sampler": "", "pruner": "", "seed_from": "", "notes": ""}
 
 
 @routes.get("/studies/new")
@@ -107,6 +107,7 @@ def _fields(faults: Sequence[Fault]) -> set[str]:
     for fault in faults:
         first = fault.at.partition(".")[0]
         own = known.get(fault.at) or (first if first in ("name", "sampler", "pruner", "notes") else "document")
+        own = "seed_from" if first.startswith("seed_from") else own
         found.add(own)
     return found
 
@@ -124,6 +125,7 @@ def launch(
     target: Number = "",
     sampler: Number = "",
     pruner: Number = "",
+    seed_from: Annotated[str, Form(max_length=1000)] = "",
     notes: Annotated[str, Form(max_length=100_000)] = "",
 ) -> Response:
     typed = {
@@ -134,6 +136,7 @@ def launch(
         "target": target,
         "sampler": sampler,
         "pruner": pruner,
+        "seed_from": seed_from,
         "notes": notes,
     }
     try:
@@ -156,6 +159,8 @@ def overlay(base: Mapping[str, Any], typed: Mapping[str, str]) -> dict[str, Any]
         made["name"] = typed["name"].strip()
     if typed["notes"].strip():
         made["notes"] = newlines(typed["notes"])
+    if seed := typed["seed_from"].strip():
+        made["seed_from"] = int(seed) if seed.isdecimal() and len(seed) < 10 else seed
     for part in ("sampler", "pruner"):
         given = made.get(part)
         current = given.get("name") if isinstance(given, Mapping) else given

@@ -178,8 +178,9 @@ def plural(count: int, noun: str) -> str:
 
 
 def finished(study: StudyView) -> int:
-    """Trials that came to an end by themselves: cancelled ones were taken back."""
-    return sum(study.counts.get(state, 0) for state in ("complete", "infeasible", "pruned", "failed"))
+    """Trials of its own that came to an end by themselves: cancelled ones were taken back, seeding ones given."""
+    ended = sum(study.counts.get(state, 0) for state in ("complete", "infeasible", "pruned", "failed"))
+    return ended - sum(seed.trials for seed in study.seeded if seed.exact)
 
 
 def budget_lines(budget: BudgetView, study: StudyView) -> list[dict[str, Any]]:

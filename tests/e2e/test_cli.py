@@ -163,6 +163,21 @@ def test_parameters_are_fixed_and_released(server: Server) -> None:
     assert "Nothing is fixed" in server("study", "fix", "fixed", "--release").stdout
 
 
+def test_a_study_begins_with_anothers_trials(server: Server) -> None:
+    server("study", "launch", "-", text=study("teacher"))
+    server("trial", "add", "teacher", "{eta: 0.02, mu: 0.5}", "--value", "0.9")
+    done = server("study", "launch", "-", "--name", "pupil", "--seed-from", "teacher", text=study("teacher"))
+    assert done.returncode == 0, done.stderr
+    assert "1 finished trials, recorded with their values" in done.stdout
+    shown = server("study", "show", "pupil").stdout
+    assert "seeded   by study" in shown
+    assert "which is trial 0 of study" in shown
+    assert "evaluated as trial 0" in server("trial", "show", "pupil", "0").stdout
+    missing = server("study", "launch", "-", "--name", "x", "--seed-from", "nobody", text=study("teacher"))
+    assert missing.returncode == 2
+    assert "seed_from[0].study" in missing.stderr
+
+
 def test_points_of_ones_own_are_queued_recorded_and_cancelled(server: Server) -> None:
     server("study", "launch", "-", text=study("points"))
     queued = server("trial", "add", "points", "{eta: 0.01, mu: 0.5}", "--json")

@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from api.auth import COOKIE
-from hpo import tokens
+from hpo import tokens, yaml_document
 from hpo.coordinator import Coordinator
 from hpo.protocol import ClaimRequest, EpochReport, ReportRequest, TellRequest
 from hpo.tokens import Principal
@@ -272,6 +272,26 @@ def test_budget_concurrency_and_notes_change_while_it_runs(admin: TestClient, hp
     assert refused.status_code == 422
     assert 'value="many"' in refused.text
     assert hpo.get_study(study).budget.trials == 20
+
+
+def test_a_study_is_seeded_in_the_form_and_says_from_where(admin: TestClient, hpo: Coordinator) -> None:
+    first, number = hpo.create_study(SIAMESE).study, trained(hpo)[1]
+    text = yaml_document.write(SIAMESE | {"name": "heir"})
+    admin.post("/studies/new", data=form(document=text, seed_from=str(first)))
+    made = hpo.list_studies(name="heir").items[0].study
+    seen = text_of(admin.get(f"/studies/{made}").text)
+    assert "Seeded digits : 1 finished trial, recorded with their values" in seen
+    assert f"It comes from study {first}" in seen
+    assert f"trial {number} of study {first}" in text_of(admin.get(f"/studies/{made}/trials/0").text)
+    assert f"of study {first}" in text_of(admin.get(f"/studies/{made}/trials").text)
+    other = {**SIAMESE, "name": "pupil", "settings": SIAMESE["settings"] | {"epochs": 7}, "seed_from": "digits"}
+    admin.post("/studies/new", data=form(document=yaml_document.write(other)))
+    made = hpo.list_studies(name="pupil").items[0].study
+    assert "because its settings differ in epochs" in text_of(admin.get(f"/studies/{made}").text)
+    refused = admin.post("/studies/new", data=form(document=text, name="orphan", seed_from="nobody"))
+    assert refused.status_code == 422
+    assert "there is no study of this name" in refused.text
+    assert 'value="nobody"' in refused.text, "what was typed is kept"
 
 
 def test_parameters_are_fixed_and_released_in_a_form(admin: TestClient, hpo: Coordinator) -> None:

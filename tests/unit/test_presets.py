@@ -216,3 +216,8 @@ def test_a_recipe_of_ones_own_takes_overrides_too(tmp_path: Path) -> None:
     tried = read(str(file), ["eta.fc=0.2", "epochs=3"], None)
     assert (tried.seed, tried.epochs) == (4, 3)
     assert {layer.label: layer.eta for layer in tried.layers}["fc"] == 0.2
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_no_preset_is_seeded_from_a_study_that_others_do_not_have(name: str) -> None:
+    assert "seed_from" not in presets.load_all()[name]
