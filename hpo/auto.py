@@ -1,8 +1,9 @@
 """`auto`: which sampler a study is best served by at this moment, and why, in one sentence for people.
 
-`pick` is pure and cheap: it counts trials and looks at the space. Promise: the same study gives the same pick, and a
-pick changes only when a count that grows passes a threshold, so that a study does not flip back and forth. What it
-rests on is measured by benchmarks/search.py.
+`pick` is pure and cheap: it looks at the space and counts trials. Promise: the same study gives the same pick, and a
+pick changes only when a count that grows passes a threshold, so that a study never flips back and forth. The rules rest
+on benchmarks/search.py: in many dimensions a random start lies in the corners, where a Gaussian process learns little;
+CMA-ES begins around the middle and soon finds where it is worth looking; from there the process is by far the quicker.
 """
 
 from __future__ import annotations
@@ -13,14 +14,22 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.distributions import CategoricalDistribution
+from optuna.trial import TrialState
 
 from hpo.document import SAMPLERS
-from hpo.history import Snapshot
+from hpo.history import Entry, Snapshot
 from hpo.spec import Choice, StudySpec
 
+START_TRIALS = 20
+"""Trials that CMA-ES begins with; as many told as make a Gaussian process worth its while."""
+START_FEASIBLE = 5
+"""Of them feasible: a process that has seen nothing but failures knows only where not to go."""
+START_LONGEST = 60
+START_DIMENSIONS = 4
+"""Numbers to vary, below which points drawn at random cover a space well enough."""
 GP_TRIALS = 400
-"""Finished trials after which a Gaussian process costs more than it gives."""
+"""Trials after which a Gaussian process, which looks at no more of them, has nothing left that others lack."""
 GP_DIMENSIONS = 40
 
 
@@ -35,28 +44,53 @@ class Pick:
 def pick(spec: StudySpec, snapshot: Snapshot) -> Pick:
     """Choose a sampler for the next trial of a study whose sampler is `auto`."""
     varying = [distribution for distribution in spec.space.reduced.values() if not distribution.single()]
-    finished = sum(entry.trial.state.is_finished() for entry in snapshot.entries)
-    if not varying or all(isinstance(one, CategoricalDistribution) for one in varying):
+    numbers = sum(not isinstance(distribution, CategoricalDistribution) for distribution in varying)
+    if not numbers:
         return _pick("tpe", "all parameters are choices, which TPE weighs one by one")
-    size = _dimensions(varying)
+    only_numbers = numbers == len(varying) and numbers >= START_DIMENSIONS
     if not _has_torch():
-        return _many(varying, "this server has no torch, which a Gaussian process needs", finished)
+        return _without_gp(only_numbers, "this server lacks torch, which a Gaussian process is fitted with")
     if len(varying) > GP_DIMENSIONS:
-        return _many(varying, f"{size} are more than a Gaussian process can tell apart", finished)
-    if finished >= GP_TRIALS:
-        return _many(varying, f"after {GP_TRIALS} trials a Gaussian process costs more than it gives", finished)
-    return _pick("gp", f"a Gaussian process makes the most of few trials in {size}")
+        return _without_gp(only_numbers, f"{len(varying)} dimensions are more than a Gaussian process can tell apart")
+    told, feasible = _counts(snapshot.entries)
+    if told >= GP_TRIALS:
+        return _pick("tpe", f"after {GP_TRIALS} trials TPE, which learns from all of them, is quick and as good")
+    if numbers < START_DIMENSIONS:
+        return _pick("gp", f"a Gaussian process makes the most of few trials, and {_dimensions(len(varying))} few")
+    if told < START_TRIALS:
+        why = (
+            f"CMA-ES looks around the middle of the space first; a Gaussian process follows after {START_TRIALS} trials"
+        )
+        return _pick("cmaes", why)
+    if feasible < START_FEASIBLE and told < START_LONGEST:
+        return _pick(
+            "cmaes", f"a Gaussian process waits until {START_FEASIBLE} trials were feasible; CMA-ES looks for them"
+        )
+    return _pick(
+        "gp", f"a Gaussian process makes the most of the trials that there are, in {_dimensions(len(varying))}"
+    )
 
 
-def _many(varying: Sequence[BaseDistribution], why: str, finished: int) -> Pick:
-    """The pick where a Gaussian process is not the one."""
-    if finished >= GP_TRIALS and not any(isinstance(one, CategoricalDistribution) for one in varying):
-        return _pick("cmaes", f"{why}, and CMA-ES thrives on many trials of numbers")
+def _without_gp(only_numbers: bool, why: str) -> Pick:
+    if only_numbers:
+        return _pick("cmaes", f"{why}, and CMA-ES does best with many numbers")
     return _pick("tpe", f"{why}, and TPE is quick in any space")
 
 
-def _dimensions(varying: Sequence[BaseDistribution]) -> str:
-    return f"{len(varying)} dimensions" if len(varying) > 1 else "one dimension"
+def _counts(entries: Sequence[Entry]) -> tuple[int, int]:
+    """Trials that taught something, and those of them that were feasible; neither is counted beyond GP_TRIALS."""
+    told = feasible = 0
+    for entry in entries:
+        if entry.state in (TrialState.COMPLETE, TrialState.PRUNED):
+            told += 1
+            feasible += not entry.infeasible
+            if told == GP_TRIALS:
+                break
+    return told, feasible
+
+
+def _dimensions(count: int) -> str:
+    return f"{count} dimensions" if count > 1 else "one dimension"
 
 
 def _pick(name: str, why: str, **options: Any) -> Pick:

@@ -19,7 +19,6 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import (
     BaseSampler,
-    GPSampler,
     QMCSampler,
     RandomSampler,
 )
@@ -27,6 +26,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.cma_state import CarefulCmaEsSampler
+from hpo.gp import LeanGPSampler, softened
 from hpo.history import Entry, Snapshot, View, copy_of
 from hpo.space import SearchSpace
 from hpo.spec import Choice, StudySpec
@@ -68,7 +68,7 @@ def build(
         return QuickTPESampler(table, number, direction, seed=seed, **options)
     if sampler.name == "gp":
         options.pop("max_trials")
-        return GPSampler(seed=seed, warn_independent_sampling=False, **options)
+        return LeanGPSampler(seed=seed, warn_independent_sampling=False, **options)
     if sampler.name == "cmaes":
         # Choices are beyond CMA-ES: TPE picks each of them by itself, where random would learn nothing.
         alone = QuickTPESampler(table, number, direction, seed=seed, multivariate=False)
@@ -201,20 +201,16 @@ def shown(spec: StudySpec, entries: Sequence[Entry]) -> list[FrozenTrial]:
     """Pick the trials that a sampler sees, in the form it needs.
 
     Points outside of the space are left out, as are failed and cancelled trials. A trial that waits between two
-    attempts counts as running: its point is going to be evaluated. Constraints are shown where the study has an
-    infeasible trial and the sampler heeds them; then every complete trial has exactly one.
+    attempts counts as running: its point is going to be evaluated. TPE is shown the constraint of an infeasible trial,
+    and then every complete trial has exactly one; a Gaussian process is shown the worst value of a feasible one.
     """
     usable = [entry for entry in _near(spec, entries) if entry.key is not None and entry.trial.state != TrialState.FAIL]
-    constrained = spec.sampler.name in ("tpe", "gp") and any(entry.infeasible for entry in usable)
     if spec.sampler.name == "gp":
-        usable = _capped(spec, usable)
-    trials = []
-    for entry in usable:
-        trial = entry.marked if constrained else entry.plain
-        if trial.state == TrialState.WAITING:
-            trial = copy_of(trial, state=TrialState.RUNNING)
-        trials.append(trial)
-    return trials
+        trials = softened(_capped(spec, usable), minimize=spec.direction == "minimize")
+    else:
+        constrained = spec.sampler.name == "tpe" and any(entry.infeasible for entry in usable)
+        trials = [entry.marked if constrained else entry.plain for entry in usable]
+    return [copy_of(t, state=TrialState.RUNNING) if t.state == TrialState.WAITING else t for t in trials]
 
 
 def _near(spec: StudySpec, entries: Sequence[Entry]) -> Sequence[Entry]:

@@ -32,7 +32,7 @@ class Entry:
         state: Optuna's.
         trial: as Optuna's tables have it, but for user attributes and all reports except the last of a finished trial.
         plain: the same without constraints.
-        marked: `plain` with exactly one constraint, 0 or 1 (GP wants as many on every trial).
+        marked: `plain` with exactly one constraint, 0 or 1, as other complete trials have.
         infeasible: a violated constraint on a COMPLETE trial, also one that stock Optuna set.
         cancelled: ended by a person.
         key: what makes its point the same as another's; None where it is no point of the study's space (`checked`).
@@ -168,6 +168,7 @@ def copy_of(
     trial: FrozenTrial,
     *,
     state: TrialState | None = None,
+    value: float | None = None,
     system_attrs: Mapping[str, Any] | None = None,
     intermediate_values: Mapping[int, float] | None = None,
 ) -> FrozenTrial:
@@ -176,7 +177,7 @@ def copy_of(
         number=trial.number,
         state=trial.state if state is None else state,
         value=None,
-        values=trial.values,
+        values=trial.values if value is None else [value],
         datetime_start=trial.datetime_start,
         datetime_complete=trial.datetime_complete,
         params=trial.params,
