@@ -8,6 +8,7 @@ says what a fresh board would say of the same entries.
 from __future__ import annotations
 
 import operator
+import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -45,10 +46,11 @@ def changed(old: Sequence[Entry], new: Sequence[Entry]) -> list[int]:
 
 
 class Board:
-    """What is known of a study's points; for one space, and for one thread at a time."""
+    """What is known of a study's points, for one space. Safe to share between threads."""
 
     def __init__(self, space: SearchSpace) -> None:
         self._space = space
+        self._lock = threading.Lock()
         self._entries: Sequence[Entry] = ()
         self._taken: Counter[Key] = Counter()
         self._marks: dict[int, Mark] = {}  # by place among the entries
@@ -56,8 +58,11 @@ class Board:
 
     def update(self, entries: Sequence[Entry]) -> None:
         """Hold the board against a study's trials, in order of their numbers."""
-        if entries is self._entries:
-            return
+        with self._lock:
+            if entries is not self._entries:
+                self._update(entries)
+
+    def _update(self, entries: Sequence[Entry]) -> None:
         marks = dict(self._marks)
         for place in changed(self._entries, entries):
             if place < len(self._entries):

@@ -94,6 +94,10 @@ class Table:
     def last_reports(self) -> NDArray[np.float64]:
         return self._facts[: len(self), 4]
 
+    def finished(self, but: int = -1) -> int:
+        """Number of complete, infeasible and pruned trials, the one numbered `but` left out."""
+        return int(np.count_nonzero((self.kinds < RUNNING) & (self.numbers != but)))
+
     def internal(self, rows: Rows, name: str) -> NDArray[np.float64]:
         """One dimension of some trials, as Optuna counts it."""
         observed: NDArray[np.float64] = self._internal[rows, self._column[name]]
@@ -218,8 +222,7 @@ class QuickTPESampler(TPESampler):
 
     @cached_property
     def _finished(self) -> int:
-        kinds = self._table.kinds[self._table.numbers != self._number]
-        return int(np.count_nonzero(kinds < RUNNING))
+        return self._table.finished(self._number)
 
     @property
     def _starting(self) -> bool:
