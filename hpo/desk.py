@@ -25,6 +25,7 @@ from hpo.errors import Fault, Invalid, NewerFormat, NotFound
 from hpo.history import History
 from hpo.protocol import Workload
 from hpo.pruning import Pruning
+from hpo.sampling import SamplingProcess
 from hpo.spec import StudySpec, cannot_sample, load
 from hpo.storage import PostgresStorage
 from hpo.suggester import Suggester
@@ -83,6 +84,7 @@ class Desk:
         self.storage = PostgresStorage(engine)
         self.guess: Known | None = None
         """The study that was claimed from last."""
+        self._sampling = SamplingProcess()
         self._known: dict[int, Known] = {}
         self._leases: OrderedDict[int, Place] = OrderedDict()
         self._guard = threading.Lock()
@@ -140,7 +142,7 @@ class Desk:
     def fresh(self, study: int, spec: StudySpec, unusable: str = "") -> Known:
         """Return knowledge of a study without remembering it: its launch may yet be rolled back."""
         history = History(self.engine, study)
-        suggester = Suggester(spec, history, self.workloads.get(spec.workload))
+        suggester = Suggester(spec, history, self.workloads.get(spec.workload), self._sampling)
         return Known(study, spec, history, suggester, Pruning(self.engine, study), unusable=unusable)
 
     def forget(self, study: int) -> None:
