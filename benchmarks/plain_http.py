@@ -130,11 +130,11 @@ class Connection(asyncio.Protocol):
 
     async def stream(self, path: str) -> int:
         """Ask for a stream that does not end; its status, once its head has come. What follows is only counted."""
-        try:
-            await asyncio.wait_for(self.get(path), 0.5)
-        except TimeoutError:
-            return self._parser.begun or 0
-        return 0
+        asking = asyncio.ensure_future(self.get(path))
+        while self._parser.begun is None and not asking.done():
+            await asyncio.sleep(0.05)
+        asking.cancel()
+        return self._parser.begun or 0
 
     def close(self) -> None:
         if self._transport is not None:
