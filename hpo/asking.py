@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from optuna.distributions import distribution_to_json
-
 from hpo import database, trials, writing
 from hpo.desk import HISTORY_FORMAT, Desk, Known, check_format, missing, storable
 from hpo.errors import KeyReused
@@ -181,7 +179,7 @@ class Asking:
                 "skip": self._skip,
                 "names": list(params),
                 "internals": [internal for internal, _ in params.values()],
-                "distributions": [distribution_to_json(distribution) for _, distribution in params.values()],
+                "distributions": [known.spelled[name] for name in params],
                 "keys": list(marks),
                 "texts": [json.dumps(value) for value in marks.values()],
                 "study_keys": list(study_marks),
