@@ -236,6 +236,29 @@ def _committing(engine: Engine, statement: str, values: dict[str, Any]) -> Any:
         pooled.close()
 
 
+@contextlib.contextmanager
+def alone(engine: Engine) -> Iterator[Connection]:
+    """A connection for one statement, which commits as it ends: one round trip. Joins the thread's transaction if any.
+
+    Nothing is repeated. Raises `DatabaseUnavailable`; whether a statement that wrote took effect is then not known.
+    """
+    if in_transaction(engine):
+        with transaction(engine) as connection:
+            yield connection
+        return
+    try:
+        with _translated(engine), engine.connect() as connection:
+            driver: Any = connection.connection.dbapi_connection
+            driver.autocommit = True  # as in `_committing`: not by SQLAlchemy's isolation level
+            try:
+                yield connection
+            finally:
+                if not driver.closed:
+                    driver.autocommit = False
+    except PoolTimeout as error:
+        raise DatabaseUnavailable(f"{_place(engine)} is busy: every connection of this process is in use") from error
+
+
 def in_transaction(engine: Engine) -> bool:
     """Whether this thread has a transaction open on this engine."""
     return id(engine) in _open.by_engine

@@ -138,6 +138,11 @@ class History:
             newest = max(self._cursor.newest, *(record.trial_id for record in found), -1)
             self._move(newest, max(self._cursor.revision, changes["revision"]))
 
+    def entries(self) -> list[Entry]:
+        """What is known of each trial, in order of their numbers; not held against any space."""
+        with self._lock:
+            return list(self._entries)
+
     def snapshot(self, space: SearchSpace) -> Snapshot:
         """Return what is known, each trial held against `space` (the study's, always the same)."""
         with self._lock:

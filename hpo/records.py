@@ -12,7 +12,7 @@ import math
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -20,7 +20,6 @@ from optuna.distributions import BaseDistribution, FloatDistribution, json_to_di
 from optuna.trial import FrozenTrial, TrialState
 
 from hpo.protocol import Value
-from hpo.rows import to_local
 from hpo.space import SearchSpace
 
 Key = tuple[Value, ...]
@@ -203,4 +202,5 @@ def _rows(column: Mapping[str, Any] | None, *names: str) -> zip[Any]:
 
 @lru_cache(maxsize=256)
 def _moment(text: str | None) -> datetime | None:
-    return None if text is None else to_local(datetime.fromisoformat(text))
+    """As Optuna hands times out: local without saying so. It stores them as UTC."""
+    return None if text is None else datetime.fromisoformat(text).replace(tzinfo=UTC).astimezone().replace(tzinfo=None)

@@ -1,6 +1,7 @@
-"""Trials as rows of Optuna's stock tables, written and read by sets: a whole trial in one statement, many in six.
+"""Trials as rows of Optuna's stock tables, written whole or in parts, each by one statement.
 
-Every function works on the connection it is given, inside the caller's transaction. Invariants: trials of a study are
+Every function works on the connection it is given, in one round trip; where that has no transaction open, the statement
+is one of its own. Invariants: trials of a study are
 numbered 0, 1, 2, ... in the order of their ids, under the study's row lock; a finished trial is never changed here; and
 whatever stock Optuna reads back from these rows is what it would have written itself.
 """
@@ -9,14 +10,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import sqlalchemy as sa
-from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
-from optuna.trial import FrozenTrial, TrialState
+from optuna.distributions import BaseDistribution, distribution_to_json
+from optuna.trial import TrialState
 from sqlalchemy import Connection
 
 Parameter = tuple[float, BaseDistribution]
@@ -26,8 +26,9 @@ Parameter = tuple[float, BaseDistribution]
 _LOCK_STUDY = sa.text("SELECT study_id FROM public.studies WHERE study_id = :study FOR NO KEY UPDATE")
 
 # A trial with all it has. The number is read after the lock, in a new statement: one that locked and counted at once
-# would count a stale snapshot. Text arrays keep the statement's shape, and so its plan, whatever the parameters are.
+# would count a stale snapshot. Both go to the server together, and are one transaction where there is no other.
 _INSERT_TRIAL = sa.text("""
+    SELECT study_id FROM public.studies WHERE study_id = :study FOR NO KEY UPDATE;
     WITH clock AS (SELECT clock_timestamp() AT TIME ZONE 'UTC' AS now),
     trial AS (
         INSERT INTO public.trials (study_id, number, state, datetime_start, datetime_complete)
@@ -35,7 +36,7 @@ _INSERT_TRIAL = sa.text("""
                CAST(:state AS public.trialstate),
                CASE WHEN CAST(:began AS timestamp) IS NULL AND :running THEN now ELSE :began END,
                CASE WHEN CAST(:ended AS timestamp) IS NULL AND :finished THEN now ELSE :ended END
-        FROM clock RETURNING trial_id, number
+        FROM clock WHERE EXISTS (SELECT 1 FROM public.studies WHERE study_id = :study) RETURNING trial_id, number
     ),
     params AS (
         INSERT INTO public.trial_params (trial_id, param_name, param_value, distribution_json)
@@ -148,51 +149,65 @@ _SET_SYSTEM_ATTRIBUTES = sa.text("""
     ON CONFLICT (trial_id, key) DO UPDATE SET value_json = excluded.value_json
 """)
 
-_SET_REPORTS = sa.text("""
+# The trial's row is held while a part of it is written: no tell slips in between the look at its state and the write.
+_HELD = """
+    WITH trial AS (
+        SELECT trial_id, study_id FROM public.trials
+        WHERE trial_id = :trial AND state IN ('RUNNING', 'WAITING') FOR NO KEY UPDATE
+    )
+"""
+
+# `fitting` are distributions that this one may stand beside; where the study has another one under this name, that one
+# is returned and nothing is written.
+_SET_PARAM = sa.text(
+    _HELD  # noqa: S608
+    + """,
+    older AS (
+        SELECT p.distribution_json FROM trial JOIN public.trials t ON t.study_id = trial.study_id
+        JOIN public.trial_params p ON p.trial_id = t.trial_id AND p.param_name = :name LIMIT 1
+    ),
+    written AS (
+        INSERT INTO public.trial_params (trial_id, param_name, param_value, distribution_json)
+        SELECT trial_id, :name, :value, :distribution FROM trial LEFT JOIN older ON true
+        WHERE older.distribution_json IS NULL OR older.distribution_json = ANY(CAST(:fitting AS text[]))
+        ON CONFLICT (trial_id, param_name)
+        DO UPDATE SET param_value = excluded.param_value, distribution_json = excluded.distribution_json
+        RETURNING trial_id
+    )
+    SELECT (SELECT count(*) > 0 FROM written) AS written, (SELECT distribution_json FROM older) AS older FROM trial
+"""
+)
+_SET_REPORT = sa.text(
+    _HELD  # noqa: S608
+    + """
     INSERT INTO public.trial_intermediate_values (trial_id, step, intermediate_value, intermediate_value_type)
-    SELECT :trial, r.step, nullif(nullif(nullif(r.value, 'NaN'), 'Infinity'), '-Infinity'),
+    SELECT trial_id, :step, nullif(nullif(nullif(r.value, 'NaN'), 'Infinity'), '-Infinity'),
         CAST(CASE r.value WHEN 'NaN' THEN 'NAN' WHEN 'Infinity' THEN 'INF_POS' WHEN '-Infinity' THEN 'INF_NEG'
              ELSE 'FINITE' END AS public.trialintermediatevaluetype)
-    FROM unnest(CAST(:steps AS integer[]), CAST(:reported AS float8[])) AS r (step, value)
+    FROM trial, (SELECT CAST(:value AS float8) AS value) AS r
     ON CONFLICT (trial_id, step) DO UPDATE SET intermediate_value = excluded.intermediate_value,
         intermediate_value_type = excluded.intermediate_value_type
-""")
+    RETURNING trial_id
+"""
+)
 
-_TRIAL_COLUMNS = "trial_id, number, state::text AS state, datetime_start, datetime_complete"
 
-# The trials first, the rest after: a trial seen as finished then has all it will ever have.
-_TRIALS_OF_STUDY = sa.text(f"""
-    SELECT {_TRIAL_COLUMNS} FROM public.trials
-    WHERE study_id = :study AND (trial_id > :newer OR trial_id = ANY(CAST(:also AS integer[])))
-      AND (CAST(:states AS text[]) IS NULL OR state::text = ANY(CAST(:states AS text[])))
-    ORDER BY trial_id
-""")  # noqa: S608
-_TRIALS_BY_ID = sa.text(f"""
-    SELECT {_TRIAL_COLUMNS} FROM public.trials WHERE trial_id = ANY(CAST(:ids AS integer[])) ORDER BY trial_id
-""")  # noqa: S608
-_VALUES = sa.text("""
-    SELECT trial_id, array_agg(CASE value_type WHEN 'INF_POS' THEN 'Infinity' WHEN 'INF_NEG' THEN '-Infinity'
-                               ELSE value END ORDER BY objective) AS found
-    FROM public.trial_values WHERE trial_id = ANY(CAST(:ids AS integer[])) GROUP BY trial_id
-""")
-_PARAMS = sa.text("""
-    SELECT trial_id, array_agg(param_name ORDER BY param_id), array_agg(param_value ORDER BY param_id),
-        array_agg(distribution_json ORDER BY param_id)
-    FROM public.trial_params WHERE trial_id = ANY(CAST(:ids AS integer[])) GROUP BY trial_id
-""")
-_REPORTS = sa.text("""
-    SELECT trial_id, array_agg(step ORDER BY step),
-        array_agg(CASE intermediate_value_type WHEN 'NAN' THEN 'NaN' WHEN 'INF_POS' THEN 'Infinity'
-                  WHEN 'INF_NEG' THEN '-Infinity' ELSE intermediate_value END ORDER BY step)
-    FROM public.trial_intermediate_values WHERE trial_id = ANY(CAST(:ids AS integer[])) GROUP BY trial_id
-""")
-_SYSTEM_ATTRIBUTES = sa.text("""
-    SELECT trial_id, key, value_json FROM public.trial_system_attributes WHERE trial_id = ANY(CAST(:ids AS integer[]))
-    ORDER BY trial_system_attribute_id
-""")
-_USER_ATTRIBUTES = sa.text("""
-    SELECT trial_id, key, value_json FROM public.trial_user_attributes WHERE trial_id = ANY(CAST(:ids AS integer[]))
-    ORDER BY trial_user_attribute_id
+def set_attribute(held: str, of: str, kind: str) -> sa.TextClause:
+    """Set one attribute of a study or a trial, where `held` finds it."""
+    return sa.text(f"""{held}
+        INSERT INTO public.{of}_{kind}_attributes ({of}_id, key, value_json) SELECT {of}_id, :key, :text FROM {of}
+        ON CONFLICT ({of}_id, key) DO UPDATE SET value_json = excluded.value_json RETURNING {of}_id
+    """)  # noqa: S608
+
+
+_SET_TRIAL_ATTRIBUTE = {kind: set_attribute(_HELD, "trial", kind) for kind in ("user", "system")}
+
+# The distributions that a study has under some names.
+_DISTRIBUTIONS = sa.text("""
+    SELECT n.name, (
+        SELECT p.distribution_json FROM public.trials t JOIN public.trial_params p ON p.trial_id = t.trial_id
+        WHERE t.study_id = :study AND p.param_name = n.name LIMIT 1) AS text
+    FROM unnest(CAST(:names AS text[])) AS n (name)
 """)
 
 
@@ -218,12 +233,11 @@ def insert_trial(
     began: datetime | None = None,
     ended: datetime | None = None,
 ) -> tuple[int, int]:
-    """Add a trial with all it has, in one statement after the study's lock; returns (trial_id, number).
+    """Add a trial with all it has, under the study's lock, in one round trip; returns (trial_id, number).
 
     `params` keep their order. `began` and `ended` are aware times, by default PostgreSQL's clock where the state calls
     for them. Raises KeyError when there is no such study, ValueError on a value that is NaN.
     """
-    lock_study(conn, study_id)
     row = conn.execute(
         _INSERT_TRIAL,
         {
@@ -240,7 +254,9 @@ def insert_trial(
             **_attributes("system", system_attrs or {}),
             **_attributes("user", user_attrs or {}),
         },
-    ).one()
+    ).one_or_none()
+    if row is None:
+        raise KeyError(f"there is no study {study_id}")
     return row.trial_id, row.number
 
 
@@ -314,83 +330,39 @@ def set_system_attrs(conn: Connection, trial_id: int, attrs: Mapping[str, Any]) 
     conn.execute(_SET_SYSTEM_ATTRIBUTES, {"trial": trial_id, "keys": keys, "texts": texts})
 
 
-def set_reports(conn: Connection, trial_id: int, reports: Mapping[int, float]) -> None:
-    """Set intermediate values by step, replacing those of the same step."""
-    numbers = [float(value) for value in reports.values()]
-    conn.execute(_SET_REPORTS, {"trial": trial_id, "steps": list(reports), "reported": numbers})
+def set_param(
+    conn: Connection, trial_id: int, name: str, parameter: Parameter, fitting: Sequence[str] = ()
+) -> tuple[bool, str | None] | None:
+    """Give an unfinished trial a parameter; None if it has finished or is none.
+
+    Returns whether it was written. It is not where the study has a distribution under this name that reads neither like
+    this one nor like one of `fitting`, those that are known to go with it; that one is returned too.
+    """
+    internal, distribution = parameter
+    text = distribution_to_json(distribution)
+    row = conn.execute(
+        _SET_PARAM,
+        {"trial": trial_id, "name": name, "value": internal, "distribution": text, "fitting": [text, *fitting]},
+    ).one_or_none()
+    return None if row is None else (row.written, row.older)
 
 
-def read_trials(
-    conn: Connection,
-    study_id: int,
-    newer_than: int = -1,
-    also_ids: Iterable[int] = (),
-    states: Iterable[TrialState] | None = None,
-) -> list[FrozenTrial]:
-    """The study's trials with an id above `newer_than` or among `also_ids`, by id, in at most six statements."""
-    rows = conn.execute(
-        _TRIALS_OF_STUDY,
-        {
-            "study": study_id,
-            "newer": newer_than,
-            "also": list(also_ids),
-            "states": None if states is None else [state.name for state in states],
-        },
-    ).all()
-    return _frozen(conn, rows)
+def set_report(conn: Connection, trial_id: int, step: int, value: float) -> bool:
+    """Set an unfinished trial's value at a step; False if it has finished or is none."""
+    values = {"trial": trial_id, "step": step, "value": float(value)}
+    return conn.execute(_SET_REPORT, values).one_or_none() is not None
 
 
-def read_trials_by_id(conn: Connection, trial_ids: Iterable[int]) -> list[FrozenTrial]:
-    """These trials, of whatever study, in order of id; those that do not exist are left out."""
-    return _frozen(conn, conn.execute(_TRIALS_BY_ID, {"ids": list(trial_ids)}).all())
+def set_attr(conn: Connection, trial_id: int, kind: Literal["user", "system"], key: str, value: Any) -> bool:
+    """Set an attribute of an unfinished trial; False if it has finished or is none."""
+    values = {"trial": trial_id, "key": key, "text": json.dumps(value)}
+    return conn.execute(_SET_TRIAL_ATTRIBUTE[kind], values).one_or_none() is not None
 
 
-def _frozen(conn: Connection, rows: Sequence[sa.Row[Any]]) -> list[FrozenTrial]:
-    if not rows:
-        return []
-    ids = {"ids": [row.trial_id for row in rows]}
-    values = {row.trial_id: row.found for row in conn.execute(_VALUES, ids)}
-    params = {trial: found for trial, *found in conn.execute(_PARAMS, ids)}
-    reports = {trial: dict(zip(steps, found, strict=True)) for trial, steps, found in conn.execute(_REPORTS, ids)}
-    system_attrs = _grouped(conn, _SYSTEM_ATTRIBUTES, ids)
-    user_attrs = _grouped(conn, _USER_ATTRIBUTES, ids)
-    trials = []
-    for row in rows:
-        names, internals, texts = params.get(row.trial_id, ((), (), ()))
-        distributions = {name: _distribution(text) for name, text in zip(names, texts, strict=True)}
-        trials.append(
-            FrozenTrial(
-                number=row.number,
-                state=TrialState[row.state],
-                value=None,
-                values=values.get(row.trial_id),
-                datetime_start=to_local(row.datetime_start),
-                datetime_complete=to_local(row.datetime_complete),
-                params={
-                    name: distributions[name].to_external_repr(internal)
-                    for name, internal in zip(names, internals, strict=True)
-                },
-                distributions=distributions,
-                user_attrs=user_attrs.get(row.trial_id, {}),
-                system_attrs=system_attrs.get(row.trial_id, {}),
-                intermediate_values=reports.get(row.trial_id, {}),
-                trial_id=row.trial_id,
-            )
-        )
-    return trials
-
-
-def _grouped(conn: Connection, statement: sa.TextClause, ids: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    grouped: dict[int, dict[str, Any]] = {}
-    for trial, key, text in conn.execute(statement, ids):
-        grouped.setdefault(trial, {})[key] = json.loads(text)
-    return grouped
-
-
-@lru_cache(maxsize=4096)
-def _distribution(text: str) -> BaseDistribution:
-    """A study has a few distinct distributions and a row of each for every trial."""
-    return json_to_distribution(text)
+def distributions(conn: Connection, study_id: int, names: Sequence[str]) -> dict[str, str]:
+    """Return, as text, a distribution that the study has under each of these names, where it has one."""
+    found = conn.execute(_DISTRIBUTIONS, {"study": study_id, "names": list(names)})
+    return {name: text for name, text in found if text is not None}
 
 
 def _parameters(params: Mapping[str, Parameter]) -> dict[str, list[Any]]:
@@ -415,8 +387,3 @@ def _checked(values: Sequence[float]) -> list[float]:
 def _to_utc(moment: datetime | None) -> datetime | None:
     """As Optuna stores times: UTC without saying so. A naive time is local, as Optuna's own are."""
     return None if moment is None else moment.astimezone(UTC).replace(tzinfo=None)
-
-
-def to_local(moment: datetime | None) -> datetime | None:
-    """As Optuna hands times out: local without saying so."""
-    return None if moment is None else moment.replace(tzinfo=UTC).astimezone().replace(tzinfo=None)

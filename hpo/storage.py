@@ -1,22 +1,24 @@
-"""Optuna's storage over its own stock tables, by statements of ours that join the thread's open transaction.
+"""Optuna's storage over its own stock tables: a call is one statement, and what has finished is read once.
 
-Invariant: every call is part of the transaction this thread has open on the engine (`database.transaction`), or one of
-its own: so Optuna's rows, ours and the lease commit together. Nothing is cached: what is read is what is stored. The
-statements for whole trials, which the hot paths call directly, stand in `hpo/rows.py`.
+Every call is part of the transaction that this thread has open on the engine (`database.transaction`), and then reads
+what that transaction sees; or it is a transaction of its own, of one statement (two where a parameter's distribution
+has to be held against an older one). Then trials come from memory (`hpo/archive.py`). Invariant: either way what is
+read is what stock Optuna would read at that moment. Statements for whole trials stand in `hpo/rows.py`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
 import uuid
-from collections.abc import Container, Sequence
-from typing import Any, NoReturn
+from collections.abc import Container, Iterator, Sequence
+from typing import Any, Literal, NoReturn
 
 import sqlalchemy as sa
 from optuna.distributions import (
     BaseDistribution,
     check_distribution_compatibility,
-    distribution_to_json,
     json_to_distribution,
 )
 from optuna.exceptions import DuplicatedStudyError, UpdateFinishedTrialError
@@ -24,18 +26,12 @@ from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import Connection, Engine
+from sqlalchemy import Engine
 
-from hpo.database import connect, transaction
-from hpo.rows import (
-    finish_trial,
-    insert_trial,
-    move_trial,
-    read_trials,
-    read_trials_by_id,
-    set_reports,
-    set_system_attrs,
-)
+from hpo import rows
+from hpo.archive import Archive, read_study, read_whole
+from hpo.database import alone, connect, in_transaction, transaction
+from hpo.errors import NotFound
 
 _INSERT_STUDY = sa.text("""
     WITH study AS (
@@ -74,21 +70,10 @@ _STUDIES = sa.text("""
     FROM public.studies s ORDER BY s.study_id
 """)
 
-# A trial's row is held while a part of it is written: no tell slips in between the look at its state and the write.
-_LOCK_TRIAL = sa.text("""
-    SELECT trial_id, study_id, number, state::text AS state FROM public.trials WHERE trial_id = :trial FOR NO KEY UPDATE
-""")
+_STUDY_HELD = "WITH study AS (SELECT study_id FROM public.studies WHERE study_id = :study FOR KEY SHARE)"
+_SET_STUDY_ATTRIBUTE = {kind: rows.set_attribute(_STUDY_HELD, "study", kind) for kind in ("user", "system")}
 
-_A_DISTRIBUTION = sa.text("""
-    SELECT p.distribution_json FROM public.trial_params p JOIN public.trials t ON t.trial_id = p.trial_id
-    WHERE t.study_id = :study AND p.param_name = :name LIMIT 1
-""")
-_SET_PARAM = sa.text("""
-    INSERT INTO public.trial_params (trial_id, param_name, param_value, distribution_json)
-    VALUES (:trial, :name, :value, :distribution)
-    ON CONFLICT (trial_id, param_name)
-    DO UPDATE SET param_value = excluded.param_value, distribution_json = excluded.distribution_json
-""")
+_STATE = sa.text("SELECT number, state::text AS state FROM public.trials WHERE trial_id = :trial")
 
 _BEST = """
     SELECT t.trial_id FROM public.trials t JOIN public.trial_values v ON v.trial_id = t.trial_id AND v.objective = 0
@@ -110,25 +95,27 @@ _COUNT = sa.text("""
 class PostgresStorage(BaseStorage):
     """A stock Optuna database behind one engine; safe to share between threads.
 
-    Differs from Optuna's own `RDBStorage` in that it joins the thread's transaction, reads many trials in six
-    statements, and never leaves part of a trial behind. The tables must be there: `database.upgrade` makes them.
+    Differs from Optuna's own `RDBStorage` in that it joins the thread's transaction, reads what has changed in a
+    statement or two, and never leaves part of a trial behind. The tables must be there: `database.upgrade` makes them.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self._archives: dict[int, Archive] = {}
+        self._guard = threading.Lock()
 
     def __getstate__(self) -> dict[str, str]:
         """For another process: the address, password and all, as Optuna's own storage does it."""
         return {"url": self.engine.url.render_as_string(hide_password=False)}
 
     def __setstate__(self, state: dict[str, str]) -> None:
-        self.engine = connect(state["url"])
+        self.__init__(connect(state["url"]))  # type: ignore[misc]  # as if made there
 
     # Studies
 
     def create_new_study(self, directions: Sequence[StudyDirection], study_name: str | None = None) -> int:
         name = f"no-name-{uuid.uuid4()}" if study_name is None else study_name
-        with transaction(self.engine) as conn:
+        with alone(self.engine) as conn:
             study_id: int | None = conn.execute(
                 _INSERT_STUDY, {"name": name, "directions": [direction.name for direction in directions]}
             ).scalar()
@@ -142,6 +129,7 @@ class PostgresStorage(BaseStorage):
             if found:
                 for statement in _DELETE_STUDY:
                     conn.execute(statement, {"study": study_id})
+        self._archives.pop(study_id, None)
         if not found:
             _no_study(study_id)
 
@@ -200,17 +188,21 @@ class PostgresStorage(BaseStorage):
     # Trials
 
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
-        with transaction(self.engine) as conn:
-            if template_trial is None:
-                return insert_trial(conn, study_id, TrialState.RUNNING)[0]
-            template = template_trial
-            params = {
-                name: (template.distributions[name].to_internal_repr(value), template.distributions[name])
-                for name, value in template.params.items()
-            }
-            for name, (_, distribution) in params.items():
-                self._check_compatible(conn, study_id, name, distribution)
-            trial_id, _ = insert_trial(
+        template = template_trial
+        if template is None:
+            with alone(self.engine) as conn:
+                return rows.insert_trial(conn, study_id, TrialState.RUNNING)[0]
+        params = {
+            name: (template.distributions[name].to_internal_repr(value), template.distributions[name])
+            for name, value in template.params.items()
+        }
+        if params:
+            with alone(self.engine) as conn:
+                older = rows.distributions(conn, study_id, list(params))
+            for name, text in older.items():
+                check_distribution_compatibility(json_to_distribution(text), params[name][1])
+        with alone(self.engine) as conn:
+            trial_id, _ = rows.insert_trial(
                 conn,
                 study_id,
                 template.state,
@@ -222,19 +214,22 @@ class PostgresStorage(BaseStorage):
                 began=template.datetime_start,
                 ended=template.datetime_complete,
             )
-            return trial_id
+        return trial_id
 
     def set_trial_param(
         self, trial_id: int, param_name: str, param_value_internal: float, distribution: BaseDistribution
     ) -> None:
-        with transaction(self.engine) as conn:
-            study_id = self._updatable(conn, trial_id).study_id
-            self._check_compatible(conn, study_id, param_name, distribution)
-            text = distribution_to_json(distribution)
-            conn.execute(
-                _SET_PARAM,
-                {"trial": trial_id, "name": param_name, "value": param_value_internal, "distribution": text},
-            )
+        fitting: list[str] = []
+        while True:
+            with alone(self.engine) as conn:
+                done = rows.set_param(conn, trial_id, param_name, (param_value_internal, distribution), fitting)
+            if done is None:
+                self._refuse(trial_id)
+            written, older = done
+            if written or older is None:
+                return
+            check_distribution_compatibility(json_to_distribution(older), distribution)
+            fitting.append(older)
 
     def get_trial_id_from_study_id_trial_number(self, study_id: int, trial_number: int) -> int:
         trial_id: int | None = self._one(
@@ -261,46 +256,52 @@ class PostgresStorage(BaseStorage):
         return value
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-        with transaction(self.engine) as conn:
-            self._updatable(conn, trial_id)
+        with alone(self.engine) as conn:
             if state.is_finished():
-                return finish_trial(conn, trial_id, state, values)
-            return move_trial(conn, trial_id, state)
+                done = rows.finish_trial(conn, trial_id, state, values)
+            else:
+                done = rows.move_trial(conn, trial_id, state)
+        if not done and (state.is_finished() or self._open(trial_id) != state):
+            self._refuse(trial_id)
+        return done
 
     def set_trial_intermediate_value(self, trial_id: int, step: int, intermediate_value: float) -> None:
-        with transaction(self.engine) as conn:
-            self._updatable(conn, trial_id)
-            set_reports(conn, trial_id, {step: intermediate_value})
+        with alone(self.engine) as conn:
+            done = rows.set_report(conn, trial_id, step, intermediate_value)
+        if not done:
+            self._refuse(trial_id)
 
     def set_trial_user_attr(self, trial_id: int, key: str, value: Any) -> None:
-        with transaction(self.engine) as conn:
-            self._updatable(conn, trial_id)
-            conn.execute(_upsert("trial", "user"), {"id": trial_id, "key": key, "text": json.dumps(value)})
+        self._set_trial_attr("user", trial_id, key, value)
 
     def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
-        with transaction(self.engine) as conn:
-            self._updatable(conn, trial_id)
-            set_system_attrs(conn, trial_id, {key: value})
+        self._set_trial_attr("system", trial_id, key, value)
 
     def get_trial(self, trial_id: int) -> FrozenTrial:
-        with transaction(self.engine) as conn:
-            found = read_trials_by_id(conn, [trial_id])
-        return found[0] if found else _no_trial(trial_id)
+        if not in_transaction(self.engine):
+            for study_id, archive in list(self._archives.items()):
+                if archive.has_finished(trial_id):
+                    with self._existing(study_id):
+                        return archive.trial(trial_id)
+        found = read_whole(self.engine, [trial_id])
+        return found[0].frozen() if found else _no_trial(trial_id)
 
     def get_all_trials(
         self, study_id: int, deepcopy: bool = True, states: Container[TrialState] | None = None
     ) -> list[FrozenTrial]:
-        """Every call reads afresh, so the list is the caller's own whatever `deepcopy` says."""
-        with transaction(self.engine) as conn:
-            trials = read_trials(conn, study_id, states=_listed(states))
-        if not trials:
-            self.get_study_name_from_id(study_id)
-        return trials
+        """With `deepcopy` the trials are the caller's own; without, finished ones are shared with other callers."""
+        if in_transaction(self.engine):
+            found = read_study(self.engine, study_id, states)
+            if not found:
+                self.get_study_name_from_id(study_id)
+            return [record.frozen() for record in found]
+        with self._existing(study_id):
+            return self._archive(study_id).trials(states, own=deepcopy)
 
     def get_n_trials(self, study_id: int, state: tuple[TrialState, ...] | TrialState | None = None) -> int:
         states = (state,) if isinstance(state, TrialState) else state
         names = None if states is None else [each.name for each in states]
-        with transaction(self.engine) as conn:
+        with alone(self.engine) as conn:
             count: int = conn.execute(_COUNT, {"study": study_id, "states": names}).scalar_one()
         if count == 0:
             self.get_study_name_from_id(study_id)
@@ -310,7 +311,7 @@ class PostgresStorage(BaseStorage):
         directions = self.get_study_directions(study_id)
         if len(directions) > 1:
             raise RuntimeError("Best trial can be obtained only for single-objective optimization.")
-        with transaction(self.engine) as conn:
+        with alone(self.engine) as conn:
             trial_id = conn.execute(_BEST_OF[directions[0]], {"study": study_id}).scalar()
         if trial_id is None:
             raise ValueError("No trials are completed yet.")
@@ -318,55 +319,61 @@ class PostgresStorage(BaseStorage):
 
     # Parts
 
+    def _archive(self, study_id: int) -> Archive:
+        with self._guard:
+            return self._archives.setdefault(study_id, Archive(self.engine, study_id))
+
+    @contextlib.contextmanager
+    def _existing(self, study_id: int) -> Iterator[None]:
+        try:
+            yield
+        except NotFound:
+            self._archives.pop(study_id, None)
+            _no_study(study_id)
+
     def _one(self, statement: str, **values: Any) -> Any:
-        with transaction(self.engine) as conn:
+        with alone(self.engine) as conn:
             return conn.execute(sa.text(statement), values).scalar()
 
-    def _updatable(self, conn: Connection, trial_id: int) -> sa.Row[Any]:
-        row = conn.execute(_LOCK_TRIAL, {"trial": trial_id}).one_or_none()
+    def _set_trial_attr(self, kind: Literal["user", "system"], trial_id: int, key: str, value: Any) -> None:
+        with alone(self.engine) as conn:
+            done = rows.set_attr(conn, trial_id, kind, key, value)
+        if not done:
+            self._refuse(trial_id)
+
+    def _open(self, trial_id: int) -> TrialState | None:
+        """The state of a trial that has not finished, None of one that has."""
+        with alone(self.engine) as conn:
+            row = conn.execute(_STATE, {"trial": trial_id}).one_or_none()
         if row is None:
             _no_trial(trial_id)
-        if TrialState[row.state].is_finished():
-            raise UpdateFinishedTrialError(f"Trial#{row.number} has already finished and can not be updated.")
-        return row
+        state = TrialState[row.state]
+        return None if state.is_finished() else state
 
-    def _check_compatible(self, conn: Connection, study_id: int, name: str, distribution: BaseDistribution) -> None:
-        text = conn.execute(_A_DISTRIBUTION, {"study": study_id, "name": name}).scalar()
-        if text is not None:
-            check_distribution_compatibility(json_to_distribution(text), distribution)
+    def _refuse(self, trial_id: int) -> NoReturn:
+        """Say why a trial could not be written to."""
+        with alone(self.engine) as conn:
+            row = conn.execute(_STATE, {"trial": trial_id}).one_or_none()
+        if row is None:
+            _no_trial(trial_id)
+        raise UpdateFinishedTrialError(f"Trial#{row.number} has already finished and can not be updated.")
 
     def _set_study_attr(self, kind: str, study_id: int, key: str, value: Any) -> None:
-        text = json.dumps(value)
-        with transaction(self.engine) as conn:
-            found = conn.execute(
-                sa.text("SELECT 1 FROM public.studies WHERE study_id = :study FOR KEY SHARE"), {"study": study_id}
-            ).scalar()
-            if found is not None:
-                conn.execute(_upsert("study", kind), {"id": study_id, "key": key, "text": text})
+        values = {"study": study_id, "key": key, "text": json.dumps(value)}
+        with alone(self.engine) as conn:
+            found = conn.execute(_SET_STUDY_ATTRIBUTE[kind], values).one_or_none()
         if found is None:
             _no_study(study_id)
 
     def _study_attrs(self, kind: str, study_id: int) -> dict[str, Any]:
-        with transaction(self.engine) as conn:
-            rows = conn.execute(
+        with alone(self.engine) as conn:
+            attributes = conn.execute(
                 sa.text(f"SELECT key, value_json FROM public.study_{kind}_attributes WHERE study_id = :study"),  # noqa: S608
                 {"study": study_id},
             ).all()
-        if not rows:
+        if not attributes:
             self.get_study_name_from_id(study_id)
-        return {key: json.loads(text) for key, text in rows}
-
-
-def _upsert(of: str, kind: str) -> sa.TextClause:
-    """Set one attribute of a study or a trial."""
-    return sa.text(f"""
-        INSERT INTO public.{of}_{kind}_attributes ({of}_id, key, value_json) VALUES (:id, :key, :text)
-        ON CONFLICT ({of}_id, key) DO UPDATE SET value_json = excluded.value_json
-    """)  # noqa: S608
-
-
-def _listed(states: Container[TrialState] | None) -> list[TrialState] | None:
-    return None if states is None else [state for state in TrialState if state in states]
+        return {key: json.loads(text) for key, text in attributes}
 
 
 def _no_study(study_id: int) -> NoReturn:
