@@ -152,6 +152,12 @@ class Desk:
         suggester = Suggester(spec, history, self.workloads.get(spec.workload), self._sampling)
         return Known(study, spec, history, suggester, Pruning(self.engine, study), unusable=unusable)
 
+    def foresee(self, study: int) -> None:
+        """A study has learnt something: its next point may be prepared, if this process suggests for it."""
+        known = self._known.get(study)
+        if known is not None:
+            known.suggester.foresee()
+
     def forget(self, study: int) -> None:
         """Drop what is known of a study that was deleted."""
         with self._guard:

@@ -155,7 +155,9 @@ def tell(desk: Desk, lease: int, request: TellRequest, principal: Principal) -> 
             "bits": None if request.answers is None else request.answers.bits,
         },
     )
-    return _reply(lease, answer)
+    reply = _reply(lease, answer)
+    desk.foresee(reply.study)
+    return reply
 
 
 def release(desk: Desk, lease: int, request: ReleaseRequest, principal: Principal) -> TellReply:

@@ -105,7 +105,6 @@ class Suggester:
         """What was given when a new trial was last asked for."""
         self._prepared: Prepared | None = None
         self._preparing: threading.Thread | None = None
-        self._foreseen = -1
         self._after_ask, self._after_tell = Worth(), Worth()
         self._closed = False
 
@@ -147,13 +146,15 @@ class Suggester:
         """Whether a trial has run out of memory: then not every device gets every point."""
         return len(self._chooser.marks) > 0
 
-    def foresee(self, number: int) -> None:
+    def foresee(self, number: int | None = None) -> None:
         """Prepare what `next` may be asked for after an ask or a tell, if that is worth while; returns at once.
 
         Only what the sampling process makes is worth it, and what was prepared in vain of late is not.
+
+        Args:
+            number: of the next trial, after an ask; after a tell the one after the last.
         """
-        worth = self._after_tell if number == self._foreseen else self._after_ask
-        self._foreseen = number
+        worth = self._after_tell if number is None else self._after_ask
         busy = self._preparing is not None and self._preparing.is_alive()
         if self._closed or busy or self._wanted or not self._slow or not worth.due():
             return
@@ -169,10 +170,12 @@ class Suggester:
         if self._own is not None:
             self._own.close()
 
-    def _prepare(self, number: int, fixed: Mapping[str, Value], worth: Worth) -> None:
+    def _prepare(self, number: int | None, fixed: Mapping[str, Value], worth: Worth) -> None:
         try:
             self._history.refresh()
             snapshot = self._history.snapshot(self.spec.space)
+            if number is None:
+                number = snapshot.entries[-1].number + 1 if snapshot.entries else 0
             if self._wanted or not self._choosing.acquire(blocking=False):
                 return
             try:

@@ -214,8 +214,14 @@ def test_what_is_prepared_is_what_would_have_been_chosen_and_is_used_once(proces
     process.close()
     assert asked.next(41) == expected
     assert process.pid is None, "it was there"
+    study.add(expected, TrialState.COMPLETE, 1.0)
+    foresee(asked)
+    expected = choose(study.spec, study.snapshot, 42)
+    process.close()
+    assert asked.next(42) == expected
+    assert process.pid is None, "it was there after a tell, too"
     study.add(expected, TrialState.RUNNING)
-    assert asked.next(42) == choose(study.spec, study.snapshot, 42)
+    assert asked.next(43) == choose(study.spec, study.snapshot, 43)
 
 
 @pytest.mark.usefixtures("sent_away")
@@ -238,7 +244,7 @@ def test_what_is_prepared_is_dropped_when_the_study_is_another(what: str, proces
     assert asked.next(number, fixed) == choose(study.spec, study.snapshot, number, fixed=fixed)
 
 
-def foresee(asked: Suggester, number: int) -> None:
+def foresee(asked: Suggester, number: int | None = None) -> None:
     asked.foresee(number)
     assert asked._preparing is not None
     asked._preparing.join()
