@@ -1,4 +1,4 @@
-"""The app: REST v1 under /api/v1, the pages at the root, health and metrics beside them.
+"""The app: REST v1 under /api/v1, Whetlab's protocol under /api/alpha, the pages at the root, health and metrics.
 
 `create_app` composes what it is given and opens nothing: the LISTEN connection is made when the server starts the app,
 and ended when it stops it. The invariant: whatever comes in passes the body limit, and whatever fails leaves in the one
@@ -18,8 +18,9 @@ from sqlalchemy import Engine
 
 from api import auth, errors, limits, openapi
 from api.pages import mount
-from api.routes import events, files, health, leases, sign_in, studies, trials, workers
+from api.routes import events, files, health, leases, sign_in, studies, trials, whetlab, workers
 from api.wait import Waiting
+from api.whetlab import WhetlabAddresses
 from hpo.coordinator import Coordinator
 from hpo.tokens import Principal
 
@@ -77,6 +78,8 @@ def create_app(
     for module in (studies, trials, leases, workers, events, files, sign_in):
         app.include_router(module.router, prefix="/api/v1")
     app.include_router(health.router)
+    app.include_router(whetlab.router)
     openapi.install(app)
-    mount.install(app)  # last, so that its headers also stand on what the others answer
+    mount.install(app)  # after the others, so that its headers also stand on what they answer
+    app.add_middleware(WhetlabAddresses)
     return app

@@ -22,6 +22,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hpo.errors import (
+    Busy,
     Conflict,
     DatabaseUnavailable,
     Fault,
@@ -29,6 +30,7 @@ from hpo.errors import (
     Invalid,
     KeyReused,
     LeaseLost,
+    NameTaken,
     NotFound,
     Told,
     Unauthenticated,
@@ -65,6 +67,7 @@ class TooLarge(HTTPException):
 
 STATUS: dict[type[WhetstoneError], int] = {
     Malformed: 400,
+    NameTaken: 400,
     Unauthenticated: 401,
     Forbidden: 403,
     NotFound: 404,
@@ -74,6 +77,7 @@ STATUS: dict[type[WhetstoneError], int] = {
     WrongContentType: 415,
     Invalid: 422,
     KeyReused: 422,
+    Busy: 503,
     DatabaseUnavailable: 503,
     WhetstoneError: 500,
 }
@@ -111,7 +115,23 @@ def answer(
         response = page(request, status, code, message, faults)
         response.headers.update(headers or {})
         return response
-    return JSONResponse(shape(code, message, faults), status, {"Cache-Control": "no-store", **(headers or {})})
+    headers = {"Cache-Control": "no-store", **(headers or {})}
+    if is_whetlab(request.url.path):
+        return JSONResponse({"error": flat(message, faults)}, 400 if status == 422 else status, headers)
+    return JSONResponse(shape(code, message, faults), status, headers)
+
+
+def is_whetlab(path: str) -> bool:
+    """Whether Whetlab's clients call this address: they read one sentence, and nothing nested."""
+    return path.startswith("/api/alpha/") or path in ("/api/alpha", "/api/users")
+
+
+def flat(message: str, faults: Sequence[Fault]) -> str:
+    """An error in one line: the faults, where there are some, or the message."""
+    named = [str(fault) for fault in faults[:SHOWN_FAULTS]]
+    if len(faults) > SHOWN_FAULTS:
+        named.append(f"and {len(faults) - SHOWN_FAULTS} more")
+    return "; ".join(named) or message
 
 
 def is_api(path: str) -> bool:

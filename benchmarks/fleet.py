@@ -28,8 +28,8 @@ class Heard:
 
     ms: dict[str, list[float]] = field(default_factory=dict)
     errors: Counter[str] = field(default_factory=Counter)
-    reopened: int = 0
-    """Connections that the server had closed while they rested."""
+    opened: int = 0
+    """Connections that were made: more than there are clients where the server closed those that rested."""
 
     def took(self, kind: str, seconds: float) -> None:
         self.ms.setdefault(kind, []).append(1000 * seconds)
@@ -175,7 +175,7 @@ async def workers(url: str, token: str, *, count: int, pace: Pace, ramp_s: float
                 due = loop.time()
                 await client.tell(lease, random.random())
                 due = loop.time()
-        heard.reopened += client.http.reopened
+        heard.opened += client.http.opened
         client.http.close()
 
     await asyncio.gather(*(work(n) for n in range(count)))

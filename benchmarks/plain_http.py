@@ -116,7 +116,9 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._parser = Parser()
         self._waiting: asyncio.Future[Answer] | None = None
-        self.reopened = 0
+        self.opened = 0
+        """How often it was connected; more than once where the server closed it while it rested."""
+        self.repeated = 0
         self.bytes_heard = 0
 
     async def get(self, path: str) -> Answer:
@@ -130,11 +132,11 @@ class Connection(asyncio.Protocol):
 
     async def stream(self, path: str) -> int:
         """Ask for a stream that does not end; its status, once its head has come. What follows is only counted."""
-        try:
-            await asyncio.wait_for(self.get(path), 0.5)
-        except TimeoutError:
-            return self._parser.begun or 0
-        return 0
+        asking = asyncio.ensure_future(self.get(path))
+        while self._parser.begun is None and not asking.done():
+            await asyncio.sleep(0.05)
+        asking.cancel()
+        return self._parser.begun or 0
 
     def close(self) -> None:
         if self._transport is not None:
@@ -149,7 +151,7 @@ class Connection(asyncio.Protocol):
         except Broken:
             if not rested or not self._parser.empty:
                 raise
-            self.reopened += 1
+            self.repeated += 1
             answer = await self._exchange(message)
         if answer.closes:
             self.close()
@@ -159,6 +161,7 @@ class Connection(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         if self._transport is None or self._transport.is_closing():
             self._parser = Parser()
+            self.opened += 1
             try:
                 await loop.create_connection(lambda: self, *self._place)
             except OSError as error:

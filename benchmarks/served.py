@@ -168,7 +168,7 @@ def workers(sheet: Sheet) -> None:
     note = f"{len(reports):,} reports, median {median(reports):.1f}, most {max(reports):.0f}; 99th of {others}; {cores}"
     sheet.add("fleet_report_p99_ms", percentile(reports, 0.99), note)
     sheet.add("fleet_errors", heard.errors.total(), f"of {sum(map(len, heard.ms.values())):,} requests; "
-              f"{sheet.heard('fleet', heard)}; {heard.reopened} connections opened anew")  # fmt: skip
+              f"{sheet.heard('fleet', heard)}; {heard.opened:,} connections")  # fmt: skip
 
 
 def bend(sheet: Sheet) -> None:

@@ -71,7 +71,7 @@ class Sheet:
         self.results.details[name] = {
             "ms": {kind: [round(value, 2) for value in values] for kind, values in heard.ms.items()},
             "errors": dict(heard.errors.most_common(50)),
-            "reopened": heard.reopened,
+            "connections": heard.opened,
         }
         worst = heard.errors.most_common(1)
         return f"{heard.errors.total()} errors, mostly {worst[0][0]}" if worst else "no errors"

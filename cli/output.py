@@ -6,12 +6,14 @@ Results go to stdout and everything else to stderr, so that a pipe sees only wha
 from __future__ import annotations
 
 import json
+import re
 import sys
+import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from rich import markup
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 out = Console(highlight=False)
@@ -32,9 +34,20 @@ STATE_STYLE = {
 }
 
 
+def escape(text: str) -> str:
+    """Text from anywhere as a terminal may have it: nothing in it is markup, and control characters are spelt out."""
+    plain = "".join(
+        f"\\x{ord(letter):02x}" if unicodedata.category(letter) == "Cc" and letter not in "\n\t" else letter
+        for letter in text
+    )
+    return markup.escape(plain)
+
+
 def print_json(value: Any) -> None:
     """Write one JSON document to stdout."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    # JSON itself escapes only the older half of the control characters.
+    sys.stdout.write(re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text) + "\n")
 
 
 def say(message: str) -> None:
@@ -88,9 +101,10 @@ def parameter_table(params: Mapping[str, Any], title: str | None = None) -> Tabl
     vectors = {name: value for name, value in params.items() if isinstance(value, dict)}
     scalars = {name: value for name, value in params.items() if not isinstance(value, dict)}
     labels = list(dict.fromkeys(label for value in vectors.values() for label in value))
-    columns: list[str | tuple[str, str]] = ["", *((name, "right") for name in (*vectors, *scalars))]
+    columns: list[str | tuple[str, str]] = ["", *((escape(name), "right") for name in (*vectors, *scalars))]
     rows = [
-        [label, *(show(value.get(label)) for value in vectors.values()), *("" for _ in scalars)] for label in labels
+        [escape(label), *(show(value.get(label)) for value in vectors.values()), *("" for _ in scalars)]
+        for label in labels
     ]
     if scalars:
         rows.append(["all", *("" for _ in vectors), *(show(value) for value in scalars.values())])

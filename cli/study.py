@@ -87,7 +87,9 @@ def _seeds(item: dict[str, Any]) -> None:
             output.out.print(f"seeded   by {name}: {seed['trials']} finished trials, recorded with their values")
         else:
             told = f"{seed['trials']} points queued, as far as {', '.join(seed['parameters'])}"
-            output.out.print(f"seeded   by {name}: {told}; without values, because {output.escape(seed['why'])}")
+            output.out.print(
+                f"seeded   by {name}: {output.escape(told)}; without values, because {output.escape(seed['why'])}"
+            )
 
 
 @app.command("list")
@@ -113,7 +115,7 @@ def list_studies(
             output.state(item["state"]),
             _progress(item),
             output.value_of(item["best"], item["workload"]),
-            item["sampler"],
+            output.escape(item["sampler"]),
             str(item["created_at"])[:16].replace("T", " "),
         ]
         for item in items

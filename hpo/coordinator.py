@@ -46,6 +46,7 @@ from hpo.views import (
     TrialView,
     WorkerView,
 )
+from hpo.whetlab import Whetlab
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -105,6 +106,7 @@ class Coordinator:
         self.workloads = dict(workloads)
         self.term_s = term_s
         self._desk = Desk(engine, workloads, term_s=term_s, heartbeat_s=heartbeat_s, stall_s=stall_s)
+        self.whetlab = Whetlab(self._desk)
         self._contact = expiry.Contact(term_s)
         self._cleaned = 0.0
         self._calls: dict[str, tuple[int, float]] = {}

@@ -192,9 +192,7 @@ def call(engine: Engine, statement: str, values: Mapping[str, Any] | None = None
         raise RuntimeError("a call commits by itself: make it outside of the transaction")
     for attempt in range(1, CALLS + 1):
         try:
-            with _translated(engine), engine.connect() as connection:
-                row = _committing(connection, statement, dict(values or {}))
-                return None if row is None else row[0]
+            return _committing(engine, statement, dict(values or {}))
         except PoolTimeout as error:
             raise DatabaseUnavailable(f"{_place(engine)} is busy: every connection is in use") from error
         except DBAPIError as error:
@@ -207,19 +205,35 @@ def call(engine: Engine, statement: str, values: Mapping[str, Any] | None = None
     raise AssertionError("unreachable")
 
 
-def _committing(connection: Connection, statement: str, values: dict[str, Any]) -> sa.Row[Any] | None:
-    """Run a statement that commits by itself.
+def _committing(engine: Engine, statement: str, values: dict[str, Any]) -> Any:
+    """Run a statement that commits by itself, past SQLAlchemy's execution, which would cost more than the round trip.
 
     The driver's flag is changed without a word to the server. SQLAlchemy's isolation level is not: to set it back is a
     round trip, which fails with an error of the driver's own where the connection was lost since.
     """
-    driver: Any = connection.connection.dbapi_connection
-    driver.autocommit = True
+    with _translated(engine):
+        pooled = engine.raw_connection()
+    driver: Any = pooled.dbapi_connection
     try:
-        return connection.exec_driver_sql(statement, values).one_or_none()
+        driver.autocommit = True
+        try:
+            with driver.cursor() as cursor:
+                cursor.execute(statement, values)
+                row = cursor.fetchone()
+        finally:
+            if not driver.closed:
+                driver.autocommit = False
+        return None if row is None else row[0]
+    except psycopg2.Error as error:
+        lost = engine.dialect.is_disconnect(error, driver, None)
+        if lost:
+            pooled.invalidate(error)
+        with _translated(engine):
+            raise DBAPIError.instance(
+                statement, None, error, psycopg2.Error, connection_invalidated=lost, dialect=engine.dialect
+            ) from error
     finally:
-        if not driver.closed:
-            driver.autocommit = False
+        pooled.close()
 
 
 @contextlib.contextmanager
@@ -327,6 +341,9 @@ def upgrade(engine: Engine) -> None:
     Repeating it changes nothing, and two at once wait for each other. Raises `DatabaseUnavailable`; `DatabaseTooNew`
     before anything is touched.
     """
+    with transaction(engine) as connection:
+        if functions.installed(connection):
+            return  # this very code has upgraded it last, and nobody since
     with _translated(engine), _permitted(engine), engine.connect() as guard:
         guard.execution_options(isolation_level="AUTOCOMMIT")
         guard.execute(sa.text("SELECT pg_advisory_lock(:key)"), {"key": _UPGRADE_LOCK})

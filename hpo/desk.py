@@ -15,9 +15,11 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import sqlalchemy as sa
+from optuna.distributions import distribution_to_json
 
 from hpo import statements
 from hpo.database import call, transaction
@@ -57,6 +59,11 @@ class Known:
     """Why this server cannot sample for the study although it could be launched once; empty where it can."""
     failures: int = 0
     """Failures of the sampler in a row; touched under `sampling` only."""
+
+    @cached_property
+    def spelled(self) -> dict[str, str]:
+        """The space's distributions as Optuna stores them, by flat name."""
+        return {name: distribution_to_json(one) for name, one in self.spec.space.distributions.items()}
 
     def trial_seed(self, number: int) -> int:
         """The seed of one trial: a function of the study's seed and the number, below 2^31."""

@@ -49,6 +49,12 @@ class Conflict(WhetstoneError):
     code = "conflict"
 
 
+class NameTaken(Conflict):
+    """An experiment's name belongs to another one. Whetlab's clients know it by its exact words."""
+
+    code = "name_taken"
+
+
 class LeaseLost(Conflict):
     """The lease is over: it expired, ended, or never belonged to this bearer. Nothing was changed."""
 
@@ -83,6 +89,12 @@ class Forbidden(WhetstoneError):
     """The token is known, and its role does not reach this far."""
 
     code = "forbidden"
+
+
+class Busy(WhetstoneError):
+    """Others are being served; the same request may succeed in a moment. Nothing was changed."""
+
+    code = "busy"
 
 
 class DatabaseUnavailable(WhetstoneError):

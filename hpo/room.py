@@ -7,54 +7,88 @@ given anything.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from hpo.board import Key, Mark
 from hpo.protocol import Sized, Workload
+from hpo.records import Key
+from hpo.snapshot import Entry, changed
 from hpo.space import Flat
 from hpo.spec import StudySpec
 
+OUT_OF_MEMORY = "whetstone:out_of_memory"
+"""System attribute of a trial that ran out: the memory of its device in bytes, 0 where that is unknown."""
 
-class Sizes:
-    """How large the points of one study are, as far as its workload can tell; each mark is measured once."""
+
+@dataclass(frozen=True)
+class Mark:
+    """A point that ran out of memory on a device with `memory_bytes`, and how large the workload says it is."""
+
+    memory_bytes: int
+    key: Key
+    size: float | None
+
+
+class Marks:
+    """The points of a study that ran out of memory, kept up to date by what changed. Safe to share between threads."""
 
     def __init__(self, spec: StudySpec, workload: Workload | None) -> None:
         self._spec = spec
         self._workload = workload if isinstance(workload, Sized) else None
-        self._marked: dict[Key, float | None] = {}
+        self._lock = threading.Lock()
+        self._entries: Sequence[Entry] = ()
+        self._found: dict[int, Mark] = {}  # by place among the entries
 
-    def of(self, point: Flat) -> float | None:
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def update(self, entries: Sequence[Entry]) -> None:
+        """Look at a study's trials, in order of their numbers."""
+        with self._lock:
+            if entries is self._entries:
+                return
+            found = {place: mark for place, mark in self._found.items() if place < len(entries)}
+            for place in changed(self._entries, entries):
+                found.pop(place, None)
+                if (mark := self._mark(entries[place])) is not None:
+                    found[place] = mark
+            self._entries, self._found = entries, found
+
+    def size(self, point: Flat) -> float | None:
+        """How large a point is, in the workload's own unit; None where it cannot tell."""
         if self._workload is None:
             return None
         return self._workload.footprint(self._spec.space.nest(point), self._spec.settings)
 
-    def least(self, marks: Iterable[Mark]) -> float | None:
-        """Return the size of the smallest marked point, or None where no size is known."""
-        sizes = []
-        for mark in marks:
-            if mark.key not in self._marked:
-                self._marked[mark.key] = self.of(mark.point)
-            sizes.append(self._marked[mark.key])
-        return min((size for size in sizes if size is not None), default=None)
+    def room(self, memory_bytes: int | None) -> Room:
+        """Return what fits a device."""
+        return Room(self, [] if memory_bytes is None else self._found.values(), memory_bytes or 0)
+
+    def key(self, point: Flat) -> Key | None:
+        return self._spec.space.key(point)
+
+    def _mark(self, entry: Entry) -> Mark | None:
+        size = entry.mark(OUT_OF_MEMORY)
+        if isinstance(size, bool) or not isinstance(size, int) or size <= 0 or entry.key is None:
+            return None
+        return Mark(size, entry.key, self.size(dict(zip(self._spec.space.names, entry.key, strict=True))))
 
 
 class Room:
     """What fits one device."""
 
-    def __init__(self, spec: StudySpec, sizes: Sizes, marks: Iterable[Mark], memory_bytes: int | None) -> None:
-        relevant = [] if memory_bytes is None else [mark for mark in marks if mark.memory_bytes >= memory_bytes]
-        self._space = spec.space
-        self._sizes = sizes
+    def __init__(self, marks: Marks, found: Iterable[Mark], memory_bytes: int) -> None:
+        relevant = [mark for mark in found if mark.memory_bytes >= memory_bytes]
+        self._marks = marks
         self._keys = {mark.key for mark in relevant}
-        self._least = sizes.least(relevant)
+        self._least = min((mark.size for mark in relevant if mark.size is not None), default=None)
 
     def holds(self, point: Flat) -> bool:
         """Whether nothing says that this complete point would run out of memory here."""
         if not self._keys:
             return True
-        if self._space.key(point) in self._keys:
+        if self._marks.key(point) in self._keys:
             return False
-        if self._least is None:
-            return True
-        size = self._sizes.of(point)
-        return size is None or size < self._least
+        size = None if self._least is None else self._marks.size(point)
+        return size is None or self._least is None or size < self._least

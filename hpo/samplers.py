@@ -27,10 +27,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from hpo.cma_state import CarefulCmaEsSampler
 from hpo.gp import LeanGPSampler, softened
-from hpo.history import Entry, Snapshot, View, copy_of
+from hpo.snapshot import Entry, Snapshot, copy_of
 from hpo.space import SearchSpace
 from hpo.spec import Choice, StudySpec
 from hpo.tpe import QuickTPESampler, Table
+from hpo.view import View
 
 REDUNDANT = ("tpe:relative_params", "gp:relative_params")
 """Attributes that tell other processes the parameters of a running trial before they are stored; ours are stored."""
@@ -204,7 +205,7 @@ def shown(spec: StudySpec, entries: Sequence[Entry]) -> list[FrozenTrial]:
     attempts counts as running: its point is going to be evaluated. TPE is shown the constraint of an infeasible trial,
     and then every complete trial has exactly one; a Gaussian process is shown the worst value of a feasible one.
     """
-    usable = [entry for entry in _near(spec, entries) if entry.key is not None and entry.trial.state != TrialState.FAIL]
+    usable = [entry for entry in _near(spec, entries) if entry.key is not None and entry.state != TrialState.FAIL]
     if spec.sampler.name == "gp":
         trials = softened(_capped(spec, usable), minimize=spec.direction == "minimize")
     else:
@@ -219,24 +220,24 @@ def _near(spec: StudySpec, entries: Sequence[Entry]) -> Sequence[Entry]:
         return entries
     options = spec.sampler.options
     newest = entries[-max(CMAES_TRIALS, 4 * (options["popsize"] or 0)) :]
-    complete = sum(entry.trial.state == TrialState.COMPLETE for entry in newest)
+    complete = sum(entry.state == TrialState.COMPLETE for entry in newest)
     return newest if complete > options["n_startup_trials"] else entries
 
 
 def _capped(spec: StudySpec, usable: Sequence[Entry]) -> list[Entry]:
     """Keep the best and the newest trials, half each of what a Gaussian process can afford, and 64 running ones."""
     most = int(spec.sampler.options["max_trials"])
-    complete = [entry for entry in usable if entry.trial.state == TrialState.COMPLETE]
-    running = [entry for entry in usable if not entry.trial.state.is_finished()]
+    complete = [entry for entry in usable if entry.state == TrialState.COMPLETE]
+    running = [entry for entry in usable if not entry.state.is_finished()]
     if len(complete) > most:
         sign = 1.0 if spec.direction == "minimize" else -1.0
-        ranked = sorted(complete, key=lambda entry: (entry.infeasible, sign * (entry.trial.value or 0.0)))
-        kept = {entry.trial.number for entry in ranked[: most // 2]}
+        ranked = sorted(complete, key=lambda entry: (entry.infeasible, sign * (entry.value or 0.0)))
+        kept = {entry.number for entry in ranked[: most // 2]}
         for entry in reversed(complete):
             if len(kept) == most:
                 break
-            kept.add(entry.trial.number)
-        complete = [entry for entry in complete if entry.trial.number in kept]
+            kept.add(entry.number)
+        complete = [entry for entry in complete if entry.number in kept]
     return complete + running[-64:]
 
 

@@ -20,10 +20,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from hpo.board import changed
-from hpo.history import Entry, Snapshot
 from hpo.samplers import Asked
 from hpo.sampling_child import Again, Ask, Begun, Failed, Follow, Forget, Message, receive, send
+from hpo.snapshot import Entry, Snapshot, changed
 from hpo.spec import StudySpec
 
 log = logging.getLogger("whetstone")
@@ -232,7 +231,7 @@ class Elsewhere:
         places = changed(self._sent, entries)
         # What is cut off or appended is so at the end of all.
         for start in range(0, max(len(places), 1), CHUNK):
-            changes = [(place, entries[place]) for place in places[start : start + CHUNK]]
+            changes = [(place, entries[place].trial) for place in places[start : start + CHUNK]]
             child.send(Follow(self._study, spec, len(entries), changes))
         self._sent = entries
 

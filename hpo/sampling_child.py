@@ -24,9 +24,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial
 
-from hpo.history import Entry, Snapshot
 from hpo.samplers import Asked, Session
+from hpo.snapshot import Entry, Snapshot, entry_of
 from hpo.spec import Choice, StudySpec
 from hpo.tpe import Table
 
@@ -43,7 +44,7 @@ class Follow:
     study: int
     spec: StudySpec
     length: int
-    changes: list[tuple[int, Entry]]
+    changes: list[tuple[int, FrozenTrial]]
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,8 @@ class Sampling:
         if study is None:
             study = self._studies[message.study] = _Study(message.spec, Table(message.spec.space))
         del study.entries[message.length :]
-        for place, entry in message.changes:
+        for place, trial in message.changes:
+            entry = entry_of(trial).checked_by(study.spec.space)
             if place < len(study.entries):
                 study.entries[place] = entry
             else:

@@ -21,6 +21,7 @@ from hpo.space import SearchSpace
 
 CONSTRAINT = "constraints:infeasible"
 CANCELLED = "whetstone:cancelled"
+_STRETCH = 256
 
 
 class Entry:
@@ -82,12 +83,12 @@ class Entry:
             return False
         names = [name for name in self._marks if name == "constraints" or name.startswith("constraints:")]
         if names == [CONSTRAINT]:
-            return bool(self._mark(CONSTRAINT) > 0)
+            return bool(self.mark(CONSTRAINT) > 0)
         return bool(names) and any(value > 0 for value in self.trial.constraints.values())
 
     @cached_property
     def cancelled(self) -> bool:
-        return bool(self._mark(CANCELLED))
+        return bool(self.mark(CANCELLED))
 
     @cached_property
     def plain(self) -> FrozenTrial:
@@ -114,11 +115,25 @@ class Entry:
     def _marks(self) -> Mapping[str, Any]:
         return self._source.marks if isinstance(self._source, Record) else self._source.system_attrs
 
-    def _mark(self, name: str) -> Any:
+    def mark(self, name: str) -> Any:
+        """One of its system attributes, or None."""
         if not isinstance(self._source, Record):
             return self._source.system_attrs.get(name)
         text = self._source.marks.get(name)
         return None if text is None else json.loads(text)
+
+
+def changed(old: Sequence[Entry], new: Sequence[Entry]) -> list[int]:
+    """Return the places in `new` at which another entry stands than in `old`; it costs about what a copy costs."""
+    shared = min(len(old), len(new))
+    places = []
+    for start in range(0, shared, _STRETCH):
+        ours, theirs = old[start : start + _STRETCH], new[start : start + _STRETCH]
+        if ours != theirs:  # entries have no equality but identity
+            places += [
+                start + place for place, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] is not pair[1]
+            ]
+    return [*places, *range(shared, len(new))]
 
 
 def entry_of(trial: FrozenTrial) -> Entry:

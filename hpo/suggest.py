@@ -19,10 +19,10 @@ from optuna.distributions import BaseDistribution
 from hpo.auto import Pick, pick
 from hpo.board import Board
 from hpo.errors import Conflict
-from hpo.history import History, Snapshot
 from hpo.protocol import Value, Workload
-from hpo.room import Room, Sizes
+from hpo.room import Marks, Room
 from hpo.samplers import Asked, Session, derive, reduce
+from hpo.snapshot import Entry, Snapshot
 from hpo.space import Flat, SearchSpace
 from hpo.spec import StudySpec
 from hpo.tpe import Table
@@ -84,41 +84,6 @@ def stored(space: SearchSpace, params: Flat) -> Suggestion:
     return Suggestion(params, internal, distributions)
 
 
-def suggest(
-    spec: StudySpec,
-    history: History,
-    number: int,
-    seed: int | None = None,
-    fixed: Mapping[str, Value] | None = None,
-    *,
-    workload: Workload | None = None,
-    refresh: bool = True,
-) -> Suggestion:
-    """Choose the point of trial `number`.
-
-    The same spec, history, number and seed give the same point, in any process. Asks of one study should come one at
-    a time and each be stored before the next, or two of them may choose alike.
-
-    Args:
-        spec: the study.
-        history: its trials; refreshed first unless `refresh` is false.
-        number: the number that the trial is going to have.
-        seed: the study's, by default that of its spec.
-        fixed: flat values that are given (a queued point, perhaps partial). A complete point is taken as it is.
-        workload: says which points can be trained.
-
-    Raises:
-        NothingFeasible: no point could be found; the commonest reason is given.
-        DatabaseUnavailable: PostgreSQL does not answer.
-    """
-    given = _given(spec.space, fixed or {})
-    if len(given) == len(spec.space.names):
-        return _as_given(spec, given, workload)  # there is nothing to choose, so nothing to know
-    if refresh:
-        history.refresh()
-    return choose(spec, history.snapshot(spec.space), number, seed, fixed, workload)
-
-
 class Chooser:
     """One study's way to its points: what `choose` may remember from one ask to the next, all of it derived.
 
@@ -131,8 +96,8 @@ class Chooser:
     def __init__(self, spec: StudySpec, workload: Workload | None = None, opening: Opening | None = None) -> None:
         self.spec = spec
         self.board = Board(spec.space)
+        self.marks = Marks(spec, workload)
         self._workload = workload
-        self._sizes = Sizes(spec, workload)
         self._opening = opening or partial(Session, table=Table(spec.space))
 
     def choose(
@@ -147,7 +112,8 @@ class Chooser:
         spec, space = self.spec, self.spec.space
         given = _given(space, fixed or {})
         self.board.update(snapshot.entries)
-        room = self.room(memory_bytes)
+        self.marks.update(snapshot.entries)
+        room = self.marks.room(memory_bytes)
         if len(given) == len(space.names):
             if not room.holds(given):
                 raise TooSmall(_too_small(memory_bytes))
@@ -155,7 +121,7 @@ class Chooser:
         picked = pick(spec, snapshot) if spec.sampler.name == "auto" else None
         if picked is not None:
             spec = replace(spec, sampler=picked.choice)
-        search = _Search(spec, self._workload, self.board, room, number, given)
+        search = _Search(spec, self._workload, self.board, room, snapshot.entry(number), given)
         root = spec.seed if seed is None else seed
         session = self._opening(spec, snapshot, number, root, reduce(space, given))
         asked = Asked({}, {}, {})
@@ -170,10 +136,6 @@ class Chooser:
         if found is None:
             raise TooSmall(_too_small(memory_bytes))
         return replace(_suggestion(space, found, Asked({}, {}, asked.study_attributes)), pick=picked)
-
-    def room(self, memory_bytes: int | None) -> Room:
-        """Return what fits a device, by the trials of the last `choose`."""
-        return Room(self.spec, self._sizes, self.board.marks, memory_bytes)
 
 
 def choose(
@@ -239,14 +201,14 @@ class _Search:
     """What makes a point acceptable: nobody has tried it, it can be trained, and the device has room for it."""
 
     def __init__(
-        self, spec: StudySpec, workload: Workload | None, board: Board, room: Room, number: int, given: Flat
+        self, spec: StudySpec, workload: Workload | None, board: Board, room: Room, own: Entry | None, given: Flat
     ) -> None:
         self._spec = spec
         self._space = spec.space
         self._workload = workload
         self._board = board
         self._room = room
-        self._number = number
+        self._own = own
         self._given = given
         self._too_large = 0
         self._reasons: Counter[str] = Counter()
@@ -268,7 +230,7 @@ class _Search:
         return held
 
     def tried(self, point: Flat) -> bool:
-        return self._board.taken(self._space.key(point), self._number)
+        return self._board.tried(self._space.key(point), but=self._own)
 
     def accepts(self, point: Flat) -> bool:
         return not self.tried(point) and self.feasible(point) and self.fits(point)

@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hpo.board import changed
 from hpo.errors import WhetstoneError
-from hpo.history import History, Snapshot
+from hpo.history import History
 from hpo.protocol import Value, Workload
 from hpo.samplers import Session
 from hpo.sampling import Busy, Elsewhere, SamplerFailed, SamplingProcess
+from hpo.snapshot import Snapshot, changed
 from hpo.space import Flat
 from hpo.spec import StudySpec
 from hpo.suggest import Asking, Chooser, Suggestion
@@ -119,7 +119,7 @@ class Suggester:
             SamplerFailed: the sampler raised an exception, crashed or hung.
         """
         snapshot, given = self._history.snapshot(self.spec.space), dict(fixed or {})
-        if not snapshot.entries or snapshot.entries[-1].trial.number < number:
+        if not snapshot.entries or snapshot.entries[-1].number < number:
             self._fixed = given
         self._wanted += 1
         try:
@@ -129,7 +129,7 @@ class Suggester:
                     used = prepared.serves(snapshot, number, given)
                     prepared.worth.proved(used)
                     # A point for any device is the one for this device, too, unless it is too large.
-                    if used and self._chooser.room(memory_bytes).holds(prepared.suggestion.params):
+                    if used and self._chooser.marks.room(memory_bytes).holds(prepared.suggestion.params):
                         return prepared.suggestion
                 self._slow = False
                 return self._chooser.choose(snapshot, number, self.spec.seed, given, memory_bytes)
@@ -138,13 +138,13 @@ class Suggester:
 
     def fits(self, point: Flat, memory_bytes: int | None) -> bool:
         """Whether nothing says that a point, where it is complete, runs out of memory on such a device."""
-        self._chooser.board.update(self._history.snapshot(self.spec.space).entries)
-        return len(point) < len(self.spec.space.names) or self._chooser.room(memory_bytes).holds(point)
+        self._chooser.marks.update(self._history.snapshot(self.spec.space).entries)
+        return len(point) < len(self.spec.space.names) or self._chooser.marks.room(memory_bytes).holds(point)
 
     @property
     def marked(self) -> bool:
         """Whether a trial has run out of memory: then not every device gets every point."""
-        return bool(self._chooser.board.marks)
+        return len(self._chooser.marks) > 0
 
     def foresee(self, number: int | None = None) -> None:
         """Prepare what `next` may be asked for after an ask or a tell, if that is worth while; returns at once.

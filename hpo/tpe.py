@@ -26,8 +26,7 @@ from optuna.samplers._tpe.sampler import default_gamma
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from hpo.board import changed
-from hpo.history import Entry
+from hpo.snapshot import Entry, changed
 from hpo.space import SearchSpace
 
 MOST = 2_000
@@ -43,7 +42,7 @@ class Table:
 
     def __init__(self, space: SearchSpace) -> None:
         self._names = tuple(space.reduced)
-        self._distributions = tuple(space.reduced.values())
+        self._dimensions = [(space.names.index(name), each) for name, each in space.reduced.items()]
         self._column = {name: place for place, name in enumerate(self._names)}
         self._entries: Sequence[Entry] = ()
         self._internal = np.empty((0, len(self._names)))
@@ -64,13 +63,9 @@ class Table:
         for place in changed(self._entries, entries):
             entry = entries[place]
             kind = _kind(entry)
-            self._facts[place] = entry.trial.number, kind, *_scores(entry, kind)
-            if kind != UNSEEN:
-                params = entry.trial.params
-                self._internal[place] = [
-                    distribution.to_internal_repr(params[name])
-                    for name, distribution in zip(self._names, self._distributions, strict=True)
-                ]
+            self._facts[place] = entry.number, kind, *_scores(entry, kind)
+            if (key := entry.key) is not None:
+                self._internal[place] = [each.to_internal_repr(key[component]) for component, each in self._dimensions]
         self._entries = entries
 
     @property
@@ -106,7 +101,7 @@ class Table:
 
 def _kind(entry: Entry) -> int:
     """What a sampler sees of a trial. One between two attempts counts as running: it is going to be evaluated."""
-    state = entry.trial.state
+    state = entry.state
     if entry.key is None or state == TrialState.FAIL:
         return UNSEEN
     if state == TrialState.COMPLETE:
@@ -116,7 +111,7 @@ def _kind(entry: Entry) -> int:
 
 def _scores(entry: Entry, kind: int) -> tuple[float, float, float]:
     if kind in (COMPLETE, INFEASIBLE):
-        value = entry.trial.value
+        value = entry.value
         return (0.0 if value is None else value), 0.0, 0.0
     reports = entry.trial.intermediate_values if kind == PRUNED else {}
     if not reports:

@@ -99,6 +99,14 @@ class NetConfig:
         return int(convs + sum(after * (before + 1) for before, after in pairwise(sizes)))
 
     @property
+    def activations(self) -> int:
+        """Number of values that training keeps of one image for the way back: what each layer and pooling leaves."""
+        total = self.channels * self.input**2
+        for layer, side, pooled in self._walk():
+            total += layer.filters * (side**2 + (0 if layer.pool == "none" else pooled**2))
+        return total + sum(self.fc)
+
+    @property
     def flops(self) -> int:
         """Floating-point operations to embed one image, a multiplication and an addition counting two."""
         channels, total = self.channels, 0

@@ -105,6 +105,14 @@ class TrainConfig:
         return self.characters * self.drawings // 2 if self.batches == "pxk" else self.batch_pairs
 
     @property
+    def footprint(self) -> float:
+        """Bytes that training takes on its device, roughly: comparable between recipes, no measure of a device."""
+        images = self.characters * self.drawings if self.batches == "pxk" else 2 * self.batch_pairs
+        copies = 3 + (self.optimizer == "adam") + (self.average > 0)  # weights, gradients, momentum, and more
+        width = 2 if self.precision == "bf16" else 4
+        return 4.0 * copies * self.net.parameters + 2.0 * width * images * self.net.activations  # values and gradients
+
+    @property
     def steps_per_epoch(self) -> int:
         """Batches in an epoch: `pairs_per_epoch` rounded up to whole batches."""
         return math.ceil(self.pairs_per_epoch / self.pairs_per_batch)
@@ -132,7 +140,7 @@ class TrainConfig:
 
 
 class SiameseWorkload:
-    """The Siamese network as a coordinator sees it: fits `hpo.protocol.Workload` without importing it."""
+    """The Siamese network as a coordinator sees it: fits `hpo.protocol.Workload` and `Sized` without importing them."""
 
     def check(self, settings: Mapping[str, Any]) -> Sequence[Fault]:
         """Name every fault of a study's settings; paths are relative to them (``net.conv[1].kernel``)."""
@@ -147,6 +155,13 @@ class SiameseWorkload:
         except Refused as refused:
             return str(refused)
         return None
+
+    def footprint(self, point: Mapping[str, Any], settings: Mapping[str, Any]) -> float | None:
+        """Return the memory that training this point takes, in bytes, roughly; None for one that cannot be trained."""
+        try:
+            return config(point, settings, 0).footprint
+        except Refused:
+            return None
 
 
 def config(params: Mapping[str, Any], settings: Mapping[str, Any], seed: int) -> TrainConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from fastapi import FastAPI
@@ -97,6 +98,43 @@ def test_no_body_however_bad_gets_past_or_breaks_a_route(client: TestClient, met
         assert 400 <= answer.status_code < 500, f"{name}: {answer.status_code} {answer.text[:300]}"
         if name != "unknown fields":  # a key that is plain text may be named in the fault's place
             check(answer)
+
+
+def fields_of(schema: Any, components: dict[str, Any]) -> set[str]:
+    """Every field that a schema of the description names, whichever of its forms is meant."""
+    if "$ref" in schema:
+        return fields_of(components[schema["$ref"].rpartition("/")[2]], components)
+    parts = [fields_of(part, components) for part in (*schema.get("anyOf", ()), *schema.get("oneOf", ()))]
+    return set(schema.get("properties", ())).union(*parts)
+
+
+def bodies_described() -> list[tuple[str, str, list[str]]]:
+    """(method, path, fields) of every operation under /api/v1, as /openapi.json describes it."""
+    described = app_alone().openapi()
+    found = []
+    for path, operations in described["paths"].items():
+        for method, operation in operations.items():
+            media = operation.get("requestBody", {}).get("content", {}).get("application/json", {})
+            fields = sorted(fields_of(media.get("schema", {}), described["components"]["schemas"]))
+            if path.startswith("/api/v1"):
+                found.append((method.upper(), path, fields))
+    assert {(method, path) for method, path, _ in found} == set(ROUTES)
+    assert sum(len(fields) for _, _, fields in found) > 40
+    return found
+
+
+@pytest.mark.parametrize(("method", "path", "fields"), bodies_described())
+def test_no_number_that_is_none_gets_past_any_field(
+    client: TestClient, method: str, path: str, fields: list[str]
+) -> None:
+    for number in ("NaN", "-Infinity", "1e999"):
+        for shape in ("%s", '{"x": {"y": [%s]}}'):
+            for field in (*fields, "other"):
+                body = f'{{"{field}": {shape % number}}}'.encode()
+                answer = client.request(method, address(path), content=body, headers=JSON)
+                assert answer.status_code == 422, f"{body!r}: {answer.status_code} {answer.text[:300]}"
+                check(answer)
+                assert answer.json()["error"]["details"]
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)

@@ -21,7 +21,7 @@ from hpo.errors import NotFound
 from hpo.history import CHANGES, History
 from hpo.spec import StudySpec, parse
 from hpo.storage import PostgresStorage
-from hpo.suggest import Suggestion, suggest
+from hpo.suggest import Suggestion, choose
 from tests.integration.test_storage import counted
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -330,6 +330,11 @@ def test_a_study_that_is_gone_is_said_to_be(engine: Engine, stock: optuna.Study)
         History(engine, stock._study_id + 1000).refresh()
 
 
+def fresh(spec: StudySpec, history: History, number: int) -> Suggestion:
+    history.refresh()
+    return choose(spec, history.snapshot(spec.space), number)
+
+
 def store(engine: Engine, study: int, made: Suggestion, value: float | None) -> int:
     """What a coordinator does with a suggestion, in one transaction."""
     parameters = {name: (made.internal[name], made.distributions[name]) for name in made.params}
@@ -349,8 +354,8 @@ def test_another_process_suggests_the_same_from_what_is_stored(
     spec, study = spec_of(sampler=sampler), stock._study_id
     lasting = History(engine, study)
     for number in range(25):
-        made = suggest(spec, lasting, number)
-        assert suggest(spec, History(engine, study), number) == made
+        made = fresh(spec, lasting, number)
+        assert fresh(spec, History(engine, study), number) == made
         value = None if number % 8 == 7 else -((math.log10(made.params["x"]) + 1) ** 2)
         assert store(engine, study, made, value) == number
     assert [trial.params for trial in stock.trials] == [t.params for t in by_number(lasting, spec).values()]
@@ -369,7 +374,7 @@ def test_stock_optuna_goes_on_with_our_study_and_we_with_its(engine: Engine, sto
             trial = stock.ask(DISTRIBUTIONS)
             stock.tell(trial, trial.params["x"])
         else:
-            made = suggest(spec, history, number)
+            made = fresh(spec, history, number)
             store(engine, study, made, float(made.params["x"]))
     assert len(by_number(history, spec)) == 24
     assert stock.best_value > 0.5

@@ -452,3 +452,36 @@ def test_the_sampler_that_auto_picked_is_shown(engine: sa.Engine) -> None:
     picked = desk.get_study(made.study).picked
     assert picked is not None
     assert (picked.sampler, picked.why) == ("gp", "few dimensions")
+
+
+def test_what_is_fixed_counts_for_the_next_suggestion_and_no_earlier_one(engine: sa.Engine) -> None:
+    desk, other = coordinator(engine), coordinator(engine)
+    made = desk.create_study(study(points=[{"x": 0.9}]))
+    desk.patch_study(made.study, {"fixed": {"x": 0.25, "eta": {"fc": 0.01}}})
+    queued = must_claim(desk)
+    assert (queued.params["x"], queued.params["eta"]["fc"]) == (0.9, 0.01), "a queued point's own values win"  # type: ignore[index]
+    first, second = must_claim(desk), must_claim(other)
+    for lease in (first, second):
+        assert lease.params["x"] == 0.25
+        assert lease.params["eta"]["fc"] == 0.01  # type: ignore[index]
+    assert first.params["eta"] != second.params["eta"], "the sampler chooses the others"
+    other.patch_study(made.study, {"fixed": {"x": 0.75}})
+    assert must_claim(desk).params["x"] == 0.75, "in every process, at once"
+    desk.patch_study(made.study, {"fixed": None})
+    free = must_claim(other)
+    assert free.params["x"] != 0.75
+    assert desk.get_trial(made.study, first.trial).params["x"] == 0.25
+
+
+def test_a_group_is_fixed_by_one_of_its_labels(engine: sa.Engine) -> None:
+    desk = coordinator(engine)
+    tied = {"name": "eta", "type": "float", "low": 0.0, "high": 1.0, "labels": ["conv", "fc"], "tied": True}
+    made = desk.create_study(study(space=[tied, {"name": "x", "type": "float", "low": 0.0, "high": 1.0}]))
+    desk.patch_study(made.study, {"fixed": {"eta": {"fc": 0.5}}})
+    assert must_claim(desk).params["eta"] == {"conv": 0.5, "fc": 0.5}
+
+
+def test_with_everything_fixed_each_trial_measures_the_same_point(engine: sa.Engine) -> None:
+    desk = coordinator(engine)
+    desk.create_study(study(fixed=point(0.5)))
+    assert [must_claim(desk).params for _ in range(3)] == [point(0.5)] * 3

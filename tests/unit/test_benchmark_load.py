@@ -119,7 +119,7 @@ def test_a_request_is_sent_again_only_where_its_connection_was_closed_while_it_r
         client = Connection(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", "token")
         for _ in range(2):
             assert (await client.get("/lives")).json() == 1
-        assert client.reopened == 1
+        assert (client.opened, client.repeated) == (2, 1)
         with pytest.raises(Broken):
             await client.get("/dies")
         with pytest.raises(Broken):  # on a connection of its own, which never rested

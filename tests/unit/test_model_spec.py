@@ -36,6 +36,33 @@ def test_the_cost_of_an_image_is_the_measured_one() -> None:
     assert pytest.approx(1.82e9, rel=0.01) == PAPER.flops
 
 
+def test_a_point_s_footprint_grows_with_what_takes_memory_and_with_nothing_else() -> None:
+    study = {"net": "mini", "batch_pairs": 64}
+
+    def footprint(point: dict[str, Any], **settings: Any) -> float:
+        size = WORKLOAD.footprint({**POINT, **point}, {**study, **settings})
+        assert size is not None
+        return size
+
+    plain = footprint({})
+    for larger in (
+        {"batch_pairs": 128},
+        {"filters": {"conv1": 64}},
+        {"fc": 1024},
+        {"input": 35},
+        {"optimizer": "adam"},
+    ):
+        assert footprint(larger) > plain, larger
+    for smaller in ({"batch_pairs": 32}, {"precision": "bf16"}, {"filters": {"conv4": 64}}):
+        assert footprint(smaller) < plain, smaller
+    assert footprint({"eta": 0.1, "mu": 0.5}, epochs=3, pairs_per_epoch=1000) == plain
+    assert WORKLOAD.footprint({**POINT, "kernel": {"conv1": 900}}, study) is None
+    # The paper's network, 128 pairs: its weights three times, and what 256 images leave behind.
+    paper = WORKLOAD.footprint(POINT, {"net": "paper"})
+    assert paper == 4 * 3 * PAPER.parameters + 8 * 256 * PAPER.activations
+    assert PAPER.activations == 105**2 + 64 * (96**2 + 48**2) + 128 * (42**2 + 21**2 + 18**2 + 9**2) + 256 * 36 + 4096
+
+
 def test_a_plain_study_has_no_fault() -> None:
     for net in ("paper", "mini", MINI.document(), PAPER.document()):
         assert WORKLOAD.check({"net": net}) == []

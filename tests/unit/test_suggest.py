@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
-import sqlalchemy as sa
 from optuna.trial import TrialState
 
-from hpo.errors import Conflict, DatabaseUnavailable, Fault
-from hpo.history import History, entry_of
-from hpo.suggest import NothingFeasible, choose, suggest
+from hpo.errors import Conflict, Fault
+from hpo.history import entry_of
+from hpo.suggest import NothingFeasible, choose
 from tests.unit.test_samplers import ALL, SPACE, Study, bowl, spec_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -37,16 +36,6 @@ class Picky:
         self.asked += 1
         a = point.get("a", point.get("x"))
         return None if a <= self.most else "no pixels are left"
-
-
-def test_a_point_that_is_given_whole_is_taken_without_looking_at_any_trial() -> None:
-    history = History(sa.create_engine("postgresql+psycopg2://nobody@127.0.0.1:1/nothing"), 1)
-    whole = {"a": 2, "b": "x", "c[p]": 0.1, "c[q]": 0.1}
-    assert suggest(spec_of("tpe", SMALL), history, 0, fixed=whole).params == whole
-    with pytest.raises(NothingFeasible, match="no pixels are left"):
-        suggest(spec_of("tpe", SMALL), history, 0, fixed=whole, workload=Picky(1))
-    with pytest.raises(DatabaseUnavailable):
-        suggest(spec_of("tpe", SMALL), history, 0, fixed={"a": 2})
 
 
 @pytest.mark.parametrize("sampler", ALL)

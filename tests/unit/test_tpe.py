@@ -13,6 +13,7 @@ from optuna.trial import TrialState
 from hpo import tpe
 from hpo.history import CONSTRAINT, Entry, Snapshot
 from hpo.samplers import Session, derive
+from hpo.snapshot import changed
 from hpo.spec import StudySpec
 from hpo.suggest import stored
 from tests.unit.test_samplers import SPACE, Study, spec_of
@@ -129,3 +130,15 @@ def test_the_trial_itself_is_not_among_those_it_is_chosen_by() -> None:
     others = [entry for entry in study.entries if entry.trial.number != 17]
     with_it = Session(spec, moment(study), 17, spec.seed, {}).ask()
     assert with_it == Session(spec, moment(study, others), 17, spec.seed, {}).ask()
+
+
+def test_what_changed_is_found_wherever_it_stands() -> None:
+    entries = played(spec_of("random", FLOATS), 700).entries
+    other = played(spec_of("random", FLOATS), 700).entries
+    for places in ([], [0], [255, 256], [511, 699], list(range(300, 600))):
+        mixed = [other[place] if place in places else entry for place, entry in enumerate(entries)]
+        assert changed(tuple(entries), tuple(mixed)) == places
+        assert changed(entries, tuple(mixed)) == places
+    assert changed(entries[:600], entries) == list(range(600, 700))
+    assert changed(entries, entries[:600]) == []
+    assert changed((), entries[:3]) == [0, 1, 2]
