@@ -86,11 +86,11 @@ def diverging() -> Problem:
     """Rates of six layers, nine tenths of whose points diverge: where any layer's eta / (1 - mu) is above its limit.
 
     The best rates lie not far below the limits, which differ from layer to layer; mu and lambda have their best too.
+    The middle of the space diverges.
     """
-    rng = np.random.default_rng(6)
-    limits = rng.uniform(-1.0, -0.4, 6)  # log10 of eta / (1 - mu)
-    rates = limits - rng.uniform(0.2, 0.6, 6)
-    decays, momenta = rng.uniform(-5.5, -3.0, 6), rng.uniform(0.4, 0.9, 6)
+    limits = np.array([-0.2, -1.0, 0.2, -0.6, -1.4, 0.6])  # log10 of eta / (1 - mu)
+    rates = limits - np.array([0.3, 0.5, 0.4, 0.2, 0.3, 0.4])
+    decays, momenta = np.array([-5.5, -3.5, -4.5, -5.0, -3.0, -4.0]), np.array([0.9, 0.5, 0.7, 0.4, 0.8, 0.6])
 
     def evaluate(point: Point, rng: np.random.Generator) -> Told:
         eta, mu, decay = (np.array([point[f"{name}[{each}]"] for each in LAYERS]) for name in ("eta", "mu", "lambda"))

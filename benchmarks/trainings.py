@@ -155,7 +155,7 @@ def _wanted(chosen: argparse.Namespace, file: File) -> Iterator[tuple[int, dict[
     else:
         again = to_repeat(recorded, chosen.count)
         # Seeds of no other point, so that nothing of two trainings is the same by accident.
-        wanted = [(one.point, one.params, 100_000 + 10 * one.point + more) for one in again for more in range(4)]
+        wanted = [(one.point, one.params, 100_000 + 10 * one.point + more) for more in range(4) for one in again]
     for place, (point, params, seed) in enumerate(wanted):
         if place % chosen.of == chosen.part and (point, seed) not in have:
             yield point, params, seed
