@@ -79,6 +79,18 @@ _NEVER = f"""
     FROM studies s JOIN trials t USING (study_id)
     WHERE s.state = 'finished' AND (t.live > 0 OR (t.state = 'WAITING' AND t.attempts > 0))
     UNION ALL
+    SELECT format('study %%s counts %%s trials as used, and they are %%s', s.study_id, w.trials_used, u.used)
+    FROM studies s JOIN whetstone.studies w USING (study_id) CROSS JOIN LATERAL (
+        SELECT count(*) AS used FROM trials t
+        WHERE t.study_id = s.study_id AND t.attempts > 0 AND NOT (t.state = 'FAIL' AND t.cancelled)) u
+    WHERE w.trials_used <> u.used
+    UNION ALL
+    SELECT format('study %%s counts %%s s as used, and they are %%s', s.study_id, w.seconds_used, u.seconds)
+    FROM studies s JOIN whetstone.studies w USING (study_id) CROSS JOIN LATERAL (
+        SELECT coalesce(sum(extract(epoch FROM a.ended_at - a.leased_at)), 0)::float8 AS seconds
+        FROM whetstone.attempts a WHERE a.study_id = s.study_id) u
+    WHERE abs(w.seconds_used - u.seconds) > 0.001
+    UNION ALL
     SELECT format('lease %%s was taken back %%s before its time', attempt_id, expires_at - ended_at)
     FROM whetstone.attempts
     WHERE study_id = ANY(%(studies)s) AND state = 'lost' AND told IS NULL AND ended_at < expires_at

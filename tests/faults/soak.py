@@ -28,7 +28,7 @@ from tests.faults.schedule import draw
 from tests.faults.schedule_crowd import Tally, play_all, shrink
 from tests.faults.schedule_play import Broken
 
-PROCESSES, AT_ONCE = 2, 3
+PROCESSES, AT_ONCE = 2, 4
 TERM_S = 0.5
 
 
