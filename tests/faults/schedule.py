@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 ACTS = {
     "claim": 18,
     "ask": 9,
+    "crowd": 4,
     "report": 13,
     "tell": 15,
     "release": 6,
@@ -34,8 +35,9 @@ ACTS = {
     "wait": 6,
     "expire": 2,
 }
-"""What may be done, by weight. `late`: speak for a lease that is over. `retry`: what got no answer, once more.
-`repeat`: what got one, once more. `stranger`: speak for somebody else's lease. `reuse`: an old key with a new body."""
+"""What may be done, by weight. `crowd`: everybody asks at once. `late`: speak for a lease that is over. `retry`: what got
+no answer, once more. `repeat`: what got one, once more. `stranger`: speak for somebody else's lease. `reuse`: an old
+key with a new body."""
 
 FAULTS = {"": 70, "lost": 12, "before": 5, "after": 6, "during": 3, "terminate": 3, "kill": 2}
 """What goes wrong with a call, by weight. `lost`: it is made, and its answer does not arrive. `kill`: its coordinator
@@ -123,7 +125,7 @@ def _step(rng: random.Random) -> Step:
         where=rng.randrange(60),
         dice=rng.randrange(2**31),
         fault=fault,
-        nth=rng.choice((0, 0, 1, 1, 2, 3, 4, 6, 9)) if fault else 0,
+        nth=rng.choice((0, 0, 1, 1, 1, 1, 2, 2, 3, 5)) if fault else 0,
         twin=_weighted(rng, TWINS),
     )
 

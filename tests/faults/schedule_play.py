@@ -88,6 +88,8 @@ class Player:
             self._pass_time(dice.uniform(0.1, 1.4) * self.term_s)
         elif step.act == "expire":
             self._visit(place)
+        elif step.act == "crowd":
+            self._crowd(dice)
         elif step.act == "die":
             client.held, client.unanswered = [], []
         elif step.act == "repeat" and not step.twin:
@@ -183,13 +185,27 @@ class Player:
         if place.proxy.disarm():
             place.hurt()
 
+    def _crowd(self, dice: random.Random) -> None:
+        """Everybody asks for a trial of one study at the same moment, each at another coordinator."""
+        number = dice.choice(self.auditor.studies)
+        calls = [self._add(client.ask(number, dice)) for client in self.clients]
+        places = [self.house.places[turn % len(self.house.places)] for turn in range(len(calls))]
+        for result in together(
+            *[
+                lambda call=call, place=place: self._send(call, place, hidden=False)
+                for call, place in zip(calls, places, strict=True)
+            ]
+        ):
+            if isinstance(result, Exception):
+                raise result
+
     def _kill(self, place: Place, delay: float) -> None:
         time.sleep(delay)
         place.replace()
 
     def _send(self, call: Call, place: Place, *, hidden: bool) -> None:
         """Make one call and write what came of it into the books."""
-        desk, hurt_at = place.desk, place.hurt_at
+        desk, hurt_at, began = place.desk, place.hurt_at, time.monotonic()
         call.tries += 1
         answer: Any = None
         error: Exception | None = None
@@ -198,7 +214,7 @@ class Player:
         except _ANSWERS as refused:
             error = refused
         except (DatabaseUnavailable, Gone) as unknown:
-            if max(hurt_at, place.hurt_at) < time.monotonic() - _GRACE_S:
+            if max(hurt_at, place.hurt_at) < began - _GRACE_S:
                 self._break(f"{call} raised without cause {type(unknown).__name__}: {unknown}")
             self._unanswered(call, place, str(type(unknown).__name__))
             return
