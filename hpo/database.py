@@ -192,7 +192,8 @@ def call(engine: Engine, statement: str, values: Mapping[str, Any] | None = None
         raise RuntimeError("a call commits by itself: make it outside of the transaction")
     for attempt in range(1, CALLS + 1):
         try:
-            return _committing(engine, statement, dict(values or {}))
+            with _translated(engine):
+                return _committing(engine, statement, dict(values or {}))
         except PoolTimeout as error:
             raise DatabaseUnavailable(f"{_place(engine)} is busy: every connection is in use") from error
         except DBAPIError as error:
@@ -211,10 +212,11 @@ def _committing(engine: Engine, statement: str, values: dict[str, Any]) -> Any:
     The driver's flag is changed without a word to the server. SQLAlchemy's isolation level is not: to set it back is a
     round trip, which fails with an error of the driver's own where the connection was lost since.
     """
-    with _translated(engine):
-        pooled = engine.raw_connection()
-    driver: Any = pooled.dbapi_connection
+    pooled: Any = None
+    driver: Any = None
     try:
+        pooled = engine.raw_connection()
+        driver = pooled.dbapi_connection
         driver.autocommit = True
         try:
             with driver.cursor() as cursor:
@@ -224,16 +226,16 @@ def _committing(engine: Engine, statement: str, values: dict[str, Any]) -> Any:
             if not driver.closed:
                 driver.autocommit = False
         return None if row is None else row[0]
-    except psycopg2.Error as error:
-        lost = engine.dialect.is_disconnect(error, driver, None)
+    except psycopg2.Error as error:  # of the statement, or of a connection that could not be made
+        lost = driver is not None and engine.dialect.is_disconnect(error, driver, None)
         if lost:
             pooled.invalidate(error)
-        with _translated(engine):
-            raise DBAPIError.instance(
-                statement, None, error, psycopg2.Error, connection_invalidated=lost, dialect=engine.dialect
-            ) from error
+        raise DBAPIError.instance(
+            statement, None, error, psycopg2.Error, connection_invalidated=lost, dialect=engine.dialect
+        ) from error
     finally:
-        pooled.close()
+        if pooled is not None:
+            pooled.close()
 
 
 @contextlib.contextmanager

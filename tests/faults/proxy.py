@@ -105,7 +105,9 @@ class Proxy:
                     end.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Cut everything and let nobody in any more."""
+        """Cut everything and let nobody in any more. Safe to repeat."""
+        if not self._thread.is_alive():
+            return
         self._closing = True
         with contextlib.suppress(OSError):  # it may have noticed by itself
             os.write(self._wake, b"x")

@@ -35,9 +35,9 @@ ACTS = {
     "wait": 6,
     "expire": 2,
 }
-"""What may be done, by weight. `crowd`: everybody asks at once. `late`: speak for a lease that is over. `retry`: what got
-no answer, once more. `repeat`: what got one, once more. `stranger`: speak for somebody else's lease. `reuse`: an old
-key with a new body."""
+"""What may be done, by weight. `crowd`: everybody asks at once. `late`: speak for a lease that is over.
+`retry`: what got no answer, once more. `repeat`: what got one, once more. `stranger`: speak for somebody else's lease.
+`reuse`: an old key with a new body."""
 
 FAULTS = {"": 70, "lost": 12, "before": 5, "after": 6, "during": 3, "terminate": 3, "kill": 2}
 """What goes wrong with a call, by weight. `lost`: it is made, and its answer does not arrive. `kill`: its coordinator

@@ -44,6 +44,13 @@ def test_a_call_is_one_round_trip(proxy: Proxy, through: sa.Engine) -> None:
         assert conn.execute(sa.text("SELECT 2")).scalar_one() == 2, "its connection serves transactions as before"
 
 
+def test_a_call_that_finds_no_server_says_so(proxy: Proxy, through: sa.Engine) -> None:
+    database.call(through, "SELECT 1")
+    proxy.close()
+    with pytest.raises(DatabaseUnavailable, match="does not answer"):
+        database.call(through, "SELECT 1")
+
+
 @pytest.mark.parametrize("when", get_args(When))
 def test_an_ask_and_a_tell_that_are_cut_anywhere_are_done_once_or_refused_plainly(
     engine: sa.Engine, proxy: Proxy, through: sa.Engine, when: When
