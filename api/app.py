@@ -44,7 +44,8 @@ def create_app(
     link that signs the first browser in. A server that is told to exit calls ``app.state.waiting.close()`` first, so
     that claims that wait and event streams do not hold it up (`cli serve` does).
     """
-    waiting = Waiting(engine.url.render_as_string(hide_password=False))
+    who = auth.Auth(engine, process_tokens, one_time)
+    waiting = Waiting(engine.url.render_as_string(hide_password=False), on_token=who.forget)
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -67,7 +68,7 @@ def create_app(
     )
     app.state.coordinator = coordinator
     app.state.engine = engine
-    app.state.auth = auth.Auth(engine, process_tokens, one_time)
+    app.state.auth = who
     app.state.presets = {name: dict(document) for name, document in presets.items()}
     app.state.artifacts = artifacts
     app.state.waiting = waiting

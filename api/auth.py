@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sqlalchemy import Engine
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -37,6 +38,8 @@ COOKIE = "whetstone_session"
 SESSION_DAYS = 7
 READING = frozenset({"GET", "HEAD", "OPTIONS"})
 MAX_SECRET = 512
+KEPT_S = 2.0
+MAX_KEPT = 10_000
 MAX_LINKS = 16
 ONE_TIME_PATH = "/login"
 ONE_TIME_QUERY = "once"
@@ -80,13 +83,51 @@ class OneTimeLink:
             return True
 
 
+class Kept:
+    """Tokens that were looked up a moment ago, by their digest. Safe to use from many threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._by_digest: dict[bytes, tuple[Principal, float]] = {}
+        self._forgotten = 0
+
+    def get(self, digest: bytes) -> Principal | None:
+        kept = self._by_digest.get(digest)
+        return kept[0] if kept is not None and time.monotonic() < kept[1] else None
+
+    @property
+    def times_forgotten(self) -> int:
+        """To be read before a token is looked up: what was found is only kept if nothing was forgotten meanwhile."""
+        return self._forgotten
+
+    def put(self, digest: bytes, found: tokens.Valid, times_forgotten: int) -> None:
+        lasts_s = KEPT_S if found.lasts_s is None else min(KEPT_S, found.lasts_s)
+        with self._lock:
+            if times_forgotten != self._forgotten:
+                return  # it may have been revoked while it was looked up
+            if len(self._by_digest) >= MAX_KEPT:
+                self._by_digest.clear()
+            self._by_digest[digest] = (found.principal, time.monotonic() + lasts_s)
+
+    def forget(self) -> None:
+        with self._lock:
+            self._forgotten += 1
+            self._by_digest.clear()
+
+
 class Auth:
-    """Finds the principal behind a request. Its methods ask the database: call them from a thread, not the loop."""
+    """Finds the principal behind a request. All its methods but `at_hand` and `forget` may ask the database: call them
+    from a thread, not the loop.
+
+    A stored token is looked up at most every `KEPT_S` seconds. One that is revoked is refused as soon as this process
+    hears of it (`forget`), and after `KEPT_S` where it hears nothing.
+    """
 
     def __init__(
         self, engine: Engine, process_tokens: Mapping[str, Principal], one_time: OneTimeLink | None = None
     ) -> None:
         self.engine = engine
+        self._kept = Kept()
         self._links = deque([one_time] if one_time else [], MAX_LINKS)
         self._process_tokens = {bytes.fromhex(digest): principal for digest, principal in process_tokens.items()}
 
@@ -94,7 +135,28 @@ class Auth:
         """Principal of a bearer token: one of this process, or one that is stored."""
         if not secret or len(secret) > MAX_SECRET or not secret.isascii():
             return None
-        return self._process_tokens.get(tokens.digest(secret)) or tokens.authenticate(self.engine, secret)
+        digest = tokens.digest(secret)
+        known = self._process_tokens.get(digest) or self._kept.get(digest)
+        if known is not None:
+            return known
+        before = self._kept.times_forgotten
+        found = tokens.look_up(self.engine, secret)
+        if found is None:
+            return None
+        self._kept.put(digest, found, before)
+        return found.principal
+
+    def at_hand(self, request: Request) -> Principal | None:
+        """Whoever `request` comes from, if that is known without asking the database."""
+        scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer" or len(secret) > MAX_SECRET:
+            return None
+        digest = tokens.digest(secret.strip())
+        return self._process_tokens.get(digest) or self._kept.get(digest)
+
+    def forget(self) -> None:
+        """Look every token up again: one was revoked, or that may have been missed."""
+        self._kept.forget()
 
     def cookie(self, secret: str) -> Principal | None:
         """Principal of a session cookie."""
@@ -168,8 +230,13 @@ def require(principal: Principal | None, role: Role) -> Principal:
     return principal
 
 
-def admit(request: Request, role: Role) -> Principal:
-    """The principal of a REST request that needs `role`. Cookies count for reading only. Asks the database."""
+async def admit(request: Request, role: Role) -> Principal:
+    """The principal of a REST request that needs `role`. Cookies count for reading only."""
+    known = auth_of(request).at_hand(request)
+    return await run_in_threadpool(_admit, request, role) if known is None else require(known, role)
+
+
+def _admit(request: Request, role: Role) -> Principal:
     auth = auth_of(request)
     reading = request.method in READING
     principal = auth.principal(request, cookie=reading)

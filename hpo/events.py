@@ -27,7 +27,7 @@ from hpo.database import normalise
 _log = logging.getLogger(__name__)
 
 CHANNEL = "whetstone"
-Kind = Literal["work", "trial", "study", "worker"]
+Kind = Literal["work", "trial", "study", "worker", "token"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _NOTIFY = sa.text("SELECT pg_notify(:channel, :payload)")

@@ -2,7 +2,8 @@
 
 Invariant: a secret is shown once, when it is made, and never stored; what is stored is its SHA-256, under which it is
 looked up. (The secrets are 256 random bits: there is nothing to guess, and so nothing for a slow hash to slow down.)
-A revoked or expired one is refused from the next call on, and with a token end the sessions that were opened by it.
+A revoked or expired one is refused from the next call on, and with a token end the sessions that were opened by it;
+a revocation is also notified, to those who keep what they have looked up.
 A server may accept tokens that are not stored here; their sessions end where they are no longer accepted.
 """
 
@@ -19,6 +20,7 @@ from typing import Any, Literal, cast, get_args
 import sqlalchemy as sa
 from sqlalchemy import Engine
 
+from hpo import events
 from hpo.database import transaction
 from hpo.errors import Fault, Invalid, NotFound
 
@@ -44,6 +46,7 @@ _END_SESSIONS_OF = sa.text("DELETE FROM whetstone.sessions WHERE token_id = :tok
 _ALIVE = "t.revoked_at IS NULL AND (t.expires_at IS NULL OR t.expires_at > clock_timestamp())"
 _FIND = sa.text(f"""
     SELECT t.token_id, t.name, t.role, t.sha256,
+           extract(epoch FROM t.expires_at - clock_timestamp())::float8 AS lasts_s,
            t.last_used_at IS NULL OR t.last_used_at < clock_timestamp() - interval '1 minute' AS untouched
     FROM whetstone.tokens t WHERE t.sha256 = :sha256 AND {_ALIVE}
 """)  # noqa: S608
@@ -73,6 +76,14 @@ class Principal:
     id: str
     role: Role
     name: str
+
+
+@dataclass(frozen=True)
+class Valid:
+    """What a stored token stands for. It expires in `lasts_s` seconds (None: never), unless it is revoked before."""
+
+    principal: Principal
+    lasts_s: float | None
 
 
 @dataclass(frozen=True)
@@ -124,19 +135,26 @@ def revoke(engine: Engine, token_id: int) -> None:
     with transaction(engine) as connection:
         found = connection.execute(_REVOKE, {"token_id": token_id}).one_or_none() is not None
         connection.execute(_END_SESSIONS_OF, {"token_id": token_id})
+        events.notify(connection, "token")
     if not found:
         raise NotFound(f"there is no token {token_id}")
 
 
 def authenticate(engine: Engine, secret: str) -> Principal | None:
     """Whose secret this is, or None where it is unknown, revoked or expired. Notes its use, at most once a minute."""
+    found = look_up(engine, secret)
+    return None if found is None else found.principal
+
+
+def look_up(engine: Engine, secret: str) -> Valid | None:
+    """The same with how long the token still lasts, for whoever keeps the answer for a moment."""
     row = _found(engine, _FIND, secret)
     if row is None:
         return None
     if row.untouched:
         with transaction(engine) as connection:
             connection.execute(_TOUCH, {"token_id": row.token_id})
-    return Principal(f"token:{row.token_id}", cast(Role, row.role), row.name)
+    return Valid(Principal(f"token:{row.token_id}", cast(Role, row.role), row.name), row.lasts_s)
 
 
 def open_session(

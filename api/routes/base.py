@@ -6,7 +6,9 @@ made, so none is open by oversight.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -104,6 +106,9 @@ def needs(
 class Api(APIRoute):
     """A REST route. See the module's docstring for what it guarantees."""
 
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        super().__init__(path, _in_thread(endpoint), **options)
+
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         run = super().get_route_handler()
         extra = self.openapi_extra or {}
@@ -113,7 +118,7 @@ class Api(APIRoute):
 
         async def handle(request: Request) -> Response:
             limits.check_address(request)
-            request.state.principal = await run_in_threadpool(auth.admit, request, role)
+            request.state.principal = await auth.admit(request, role)
             checked = limits.CheckedRequest(request.scope, request.receive)
             await _check_body(checked, takes_body, own="requestBody" in extra)
             response = await run(checked)
@@ -121,6 +126,18 @@ class Api(APIRoute):
             return response
 
         return handle
+
+
+def _in_thread(endpoint: Callable[..., Any]) -> Callable[..., Any]:
+    """A plain endpoint as one that is awaited: a thread is then taken once, and not again to shape the answer."""
+    if inspect.iscoroutinefunction(endpoint) or inspect.isasyncgenfunction(endpoint):
+        return endpoint
+
+    @functools.wraps(endpoint)
+    async def call(*args: Any, **named: Any) -> Any:
+        return await run_in_threadpool(endpoint, *args, **named)
+
+    return call
 
 
 async def _check_body(request: limits.CheckedRequest, takes_body: bool, own: bool) -> None:

@@ -47,7 +47,7 @@ async def claim(
     once: OnceOnly,
 ) -> Lease | Response:
     """Lease a trial of any running study; 204 when there is nothing to do within `wait_s` seconds."""
-    lease = await waits.until(lambda: hpo.claim(body, who, once), body.wait_s, request)
+    lease = await waits.until(lambda: hpo.claim(body, who, once), body.wait_s, request, kind=body.memory_bytes)
     if lease is None:
         return Response(status_code=204)
     if once is None and await request.is_disconnected():

@@ -252,4 +252,4 @@ def test_a_client_that_leaves_ends_its_stream(server: tuple[str, Any]) -> None:
             next(lines(stream))
             until(lambda: app.state.waiting.waiters == 1)
     until(lambda: app.state.waiting.waiters == 0)
-    assert app.state.waiting._streams == 0
+    assert app.state.waiting._open == 0
