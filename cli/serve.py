@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import logging
@@ -47,6 +48,7 @@ def serve(
 
     Without DATABASE_URL it starts a PostgreSQL of its own in WHETSTONE_HOME and stops it again.
     """
+    gc.disable()  # until it serves: all that is made on the way there stays
     chosen = settings.load(host=host, port=port)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)-7s %(message)s", stream=sys.stderr)
     for noisy in ("uvicorn.error", "alembic", "optuna", "httpx2"):
@@ -157,6 +159,8 @@ def _serve(
 
     config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=3, lifespan="on")
     server = Server(config)
+    gc.freeze()
+    gc.enable()
     with Reaper(coordinator, chosen.term_s / 3), _noted(chosen.home_dir, url, admin, local):
         threading.Thread(
             target=_announce, args=(server, url, admin, link.path, json_line), name="announce", daemon=True

@@ -24,7 +24,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InvalidatePoolError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from hpo import functions
+from hpo import functions, stamp
 from hpo.errors import DatabaseUnavailable, WhetstoneError
 from hpo.tables import SCHEMA
 
@@ -348,6 +348,9 @@ def upgrade(engine: Engine) -> None:
             return  # this very code has upgraded it last, and nobody since
     with _translated(engine), _permitted(engine), engine.connect() as guard:
         guard.execution_options(isolation_level="AUTOCOMMIT")
+        if stamp.matches(guard):
+            _keep_public_first(guard)
+            return
         guard.execute(sa.text("SELECT pg_advisory_lock(:key)"), {"key": _UPGRADE_LOCK})
         try:
             _refuse_newer(engine)
@@ -378,10 +381,12 @@ def _permitted(engine: Engine) -> Iterator[None]:
 
 def check(engine: Engine) -> SchemaState:
     """How the database stands to this code: "empty", "old" (run ``whetstone db upgrade``), "current" or "new"."""
-    ours, optunas = _our_scripts(), _optuna_scripts()
     with transaction(engine) as connection:
+        if stamp.matches(connection):
+            return "current"
         here = {SCHEMA: _revision(connection, SCHEMA), "public": _revision(connection, "public")}
         ours_installed = functions.installed(connection)
+    ours, optunas = _our_scripts(), _optuna_scripts()
     states = []
     for schema, scripts in ((SCHEMA, ours), ("public", optunas)):
         revision = here[schema]
@@ -462,6 +467,7 @@ def _upgrade_ours(engine: Engine) -> None:
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
         functions.install(connection)
+        stamp.leave(connection)
 
 
 def _config() -> Any:

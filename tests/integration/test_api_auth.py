@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 
+import httpx2
 import pytest
+import sqlalchemy as sa
 from fastapi import FastAPI
 from fastapi.routing import iter_route_contexts
 from fastapi.testclient import TestClient
@@ -15,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api import auth
-from hpo import tokens
+from hpo import database, tokens
 from tests.integration.api_server import BRANIN, SECRETS, app_alone, bearer, make_app, served
 
 SAME = {"Sec-Fetch-Site": "same-origin"}
@@ -103,6 +106,65 @@ def test_a_stored_token_works_until_it_is_revoked(client: TestClient, module_eng
     assert client.post("/api/v1/studies", json=BRANIN, headers=headers).status_code == 403
     tokens.revoke(module_engine, token)
     assert client.get("/api/v1/studies", headers=headers).status_code == 401
+
+
+def asked(http: httpx2.Client, secret: str) -> int:
+    return http.get("/api/v1/studies", headers={"Authorization": f"Bearer {secret}"}).status_code
+
+
+def test_a_token_revoked_elsewhere_is_refused_at_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auth, "KEPT_S", 600.0)
+    number, secret = tokens.create(engine, "ci", "viewer")
+    app = make_app(engine)
+    with served(app) as (url, _), httpx2.Client(base_url=url) as http:
+        assert app.state.waiting._listener.wait_until_connected(30)
+        assert asked(http, secret) == 200
+        elsewhere = database.connect(engine.url.render_as_string(hide_password=False))
+        tokens.revoke(elsewhere, number)
+        elsewhere.dispose()
+        until = time.monotonic() + 10
+        while asked(http, secret) == 200:
+            assert time.monotonic() < until, "it was still accepted"
+            time.sleep(0.02)
+
+
+def test_a_revocation_that_nobody_heard_counts_after_two_seconds(engine: Engine) -> None:
+    _, secret = tokens.create(engine, "ci", "viewer")
+    _, other = tokens.create(engine, "ci", "viewer", datetime.now(UTC) + timedelta(seconds=60))
+    who = auth.Auth(engine, {})
+    for each in (secret, other):
+        assert who.bearer(each) is not None
+    with engine.begin() as connection:
+        connection.execute(sa.text("UPDATE whetstone.tokens SET revoked_at = now(), expires_at = now()"))
+    assert who.bearer(secret) is not None, "it is not looked up each time"
+    time.sleep(auth.KEPT_S + 0.1)
+    assert who.bearer(secret) is None
+    assert who.bearer(other) is None
+
+
+def test_a_token_is_not_kept_beyond_its_time(engine: Engine) -> None:
+    _, secret = tokens.create(engine, "ci", "viewer", datetime.now(UTC) + timedelta(seconds=1.5))
+    who = auth.Auth(engine, {})
+    assert who.bearer(secret) is not None
+    time.sleep(1.6)
+    assert who.bearer(secret) is None
+
+
+def test_a_token_that_was_revoked_while_it_was_looked_up_is_not_kept(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, secret = tokens.create(engine, "ci", "viewer")
+    who = auth.Auth(engine, {})
+    look_up = tokens.look_up
+
+    def slow(engine: Engine, secret: str) -> tokens.Valid | None:
+        found = look_up(engine, secret)
+        who.forget()
+        return found
+
+    monkeypatch.setattr(tokens, "look_up", slow)
+    assert who.bearer(secret) is not None
+    assert who._kept.get(tokens.digest(secret)) is None
 
 
 def test_a_cookie_reads_and_changes_nothing(client: TestClient, app: FastAPI) -> None:
