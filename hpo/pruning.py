@@ -99,7 +99,7 @@ class Pruning:
         Args:
             trial_id: the judged trial.
             reports: its new reports, at least one; they are added to those that are stored.
-            rungs: whether rungs are wanted.
+            rungs: whether rungs are wanted, instead of values at the trial's last step.
             longest: whether the length of the longest trial is wanted.
 
         Raises:
@@ -115,7 +115,7 @@ class Pruning:
                     "newest": memory.newest,
                     "open": list(memory.open),
                     "revision": memory.revision,
-                    "behind": memory.complete[covered:] if covered else None,
+                    "behind": [] if rungs else memory.complete[covered:] if covered else None,
                 }
                 known = len(memory.complete)
             found = database.call(
@@ -135,7 +135,8 @@ class Pruning:
                 if found["step"] != step:  # a later report than these is stored: that one is judged
                     step = found["step"]
                     continue
-                self._cover(memory, step, covered, known, found)
+                if not rungs:
+                    self._cover(memory, step, covered, known, found)
                 return _rivals(memory, trial_id, reports, running, found)
 
     def _learn(self, memory: _Memory, found: Mapping[str, Any]) -> dict[int, list[tuple[int, int, float]]]:
@@ -197,7 +198,7 @@ def _rivals(
         reports={**stored, **reports},
         reached={rung: value for rung, of in running.items() for trial, _, value in of if trial == trial_id},
         complete=len(memory.complete),
-        at_step=np.array(memory.steps[found["step"]].values),
+        at_step=np.array(memory.steps.get(found["step"], _Step()).values),
         longest=memory.longest,
         resource=resource if isinstance(resource, int) and resource >= 1 else None,
         rungs={
