@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from sqlalchemy import Engine
+from sqlalchemy import Engine, text
 
 from hpo import database
 from tests.integration.api_server import bearer, make_app
@@ -86,10 +87,10 @@ def test_suggested_values_keep_their_type_and_lie_within_their_bounds(client: Te
 def test_a_float_that_is_whole_is_written_with_its_decimal_point(client: TestClient) -> None:
     script = Script(client)
     result = script.add({"x": 5, "n": 3}, 1)
-    text = client.get(f"/api/alpha/results/{result}").text
-    assert '"value":5.0' in text
-    assert '"value":3}' in text
-    assert '"value":1.0' in text
+    written = client.get(f"/api/alpha/results/{result}").text
+    assert '"value":5.0' in written
+    assert '"value":3}' in written
+    assert '"value":1.0' in written
 
 
 def test_ids_are_integers_and_grow(client: TestClient) -> None:
@@ -252,5 +253,23 @@ def test_two_servers_of_one_database_serve_one_experiment(engine: Engine, postgr
             assert gone not in first.results()
             left = [script.suggest()[1] for _ in range(3) for script in (first, second)]
             assert len({(each["n"], each["kind"]) for each in left}) == 6
+    finally:
+        other.dispose()
+
+
+def test_suggestions_asked_for_at_once_are_all_different(engine: Engine, postgres_url: str) -> None:
+    """Of two servers, two threads each: numbers without gaps, and every point of a small space once."""
+    other = database.connect(postgres_url)
+    try:
+        servers = [make_app(each).state.coordinator.whetlab for each in (engine, other)]
+        settings = [WHOLE | {"max": 7}, ENUM | {"options": ["a", "b"]}, OUTCOME]
+        experiment = servers[0].create_experiment({"name": "at once", "settings": settings})["id"]
+        with ThreadPoolExecutor(4) as threads:
+            made = list(threads.map(lambda place: servers[place % 2].suggest(experiment), range(16)))
+        points = {tuple(variable["value"] for variable in each["variables"]) for each in made}
+        assert len(points) == 16
+        with engine.connect() as conn:
+            found = conn.execute(text("SELECT number FROM trials ORDER BY number")).scalars().all()
+        assert found == list(range(16))
     finally:
         other.dispose()
