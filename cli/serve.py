@@ -32,6 +32,10 @@ Host = Annotated[str | None, typer.Option(help="Address to listen on. Default 12
 Port = Annotated[int | None, typer.Option(min=0, max=65535, help="Port; 0 picks a free one. Default 8000.")]
 
 
+KEEP_ALIVE_S = 60
+"""A worker that reports every ten seconds keeps its connection."""
+
+
 class CannotListen(WhetstoneError):
     """The address is taken, or is not ours."""
 
@@ -157,7 +161,14 @@ def _serve(
             app.state.waiting.close()
             super().handle_exit(sig, frame)
 
-    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=3, lifespan="on")
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=3,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        lifespan="on",
+    )
     server = Server(config)
     gc.freeze()
     gc.enable()
