@@ -167,7 +167,7 @@ class Experiment:
         return self._record(point, value, reason)
 
     def update_by_result_id(self, result_id: int, value: float | None, reason: str = "") -> Result:
-        """The same of a suggestion that this process or another one was given, by its number."""
+        """The same by number: of a suggestion in this process's hands, or of a point that has an outcome already."""
         held = self._heart.held(result_id)
         finite = _finite(value)
         if held is None:
@@ -297,7 +297,7 @@ class Experiment:
         return _as_result(made)
 
     def _correct(self, result_id: int, value: float | None) -> Result:
-        """Replace the outcome of a point that has one; record one of a point that somebody else holds."""
+        """Replace the outcome of a point that has one. What somebody else is evaluating is refused."""
         body = {"outcome": "infeasible" if value is None else "complete", "value": value}
         changed = self._client.patch(f"/api/v1/studies/{self.study}/trials/{result_id}", json=body)
         return _as_result(changed)

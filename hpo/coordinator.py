@@ -23,6 +23,7 @@ from hpo.idempotency import Once
 from hpo.protocol import (
     AskRequest,
     ClaimRequest,
+    CorrectionRequest,
     Lease,
     ReleaseRequest,
     ReportReply,
@@ -178,6 +179,11 @@ class Coordinator:
     def cancel_trial(self, study: int, n: int) -> TrialView:
         """Cancel a trial: a queued one at once, a leased one through its worker."""
         return points.cancel(self._desk, study, n)
+
+    @_counted
+    def correct_trial(self, study: int, n: int, request: CorrectionRequest) -> TrialView:
+        """Give a trial that has ended another outcome."""
+        return points.correct(self._desk, study, n, request)
 
     @_counted
     def requeue_trial(self, study: int, n: int, once: Once | None = None) -> TrialView:

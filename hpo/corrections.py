@@ -1,8 +1,9 @@
 """Finished trials written again: their outcome replaced, or they themselves taken back.
 
-Only Whetlab's protocol asks for this. The row in `trials` stays, with its number; its value is changed in place, or it
-becomes a cancelled trial. Invariant: every change adds a revision in the same transaction, under the study's lock, so
-every process reads the trial once more before it suggests. Stock Optuna sees it when it opens the study next.
+Whetlab's protocol asks for this, and people do who know better. The row in `trials` stays, with its number; its value
+is changed in place, or it becomes a cancelled trial. Invariant: every change adds a revision in the same transaction,
+under the study's lock, so every process reads the trial once more before it suggests. Stock Optuna sees it when it
+opens the study next.
 """
 
 from __future__ import annotations
@@ -65,13 +66,10 @@ REVISED = sa.text("""
 """)
 
 
-def overwrite(conn: sa.Connection, known: Known, trial_id: int, value: float | None) -> None:
+def overwrite(conn: sa.Connection, known: Known, trial_id: int, value: float | None, why: str) -> None:
     """Give a finished trial another outcome; None makes it infeasible. The caller holds the study and the trial."""
     stored = writing.worst_value(conn, known) if value is None else value
-    marks = {
-        writing.INFEASIBLE: 1.0 if value is None else 0.0,
-        writing.REASON: "its outcome was written again through Whetlab's protocol",
-    }
+    marks = {writing.INFEASIBLE: 1.0 if value is None else 0.0, writing.REASON: why}
     done = conn.execute(OVERWRITE, {"trial": trial_id, "value": stored, **_columns(marks)}).one_or_none()
     assert done is not None, "the trial is locked and was finished"
 

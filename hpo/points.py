@@ -1,4 +1,4 @@
-"""What people do to trials: queue a point of their own, record a finished one, cancel, try again.
+"""What people do to trials: queue a point of their own, record a finished one, cancel, correct, try again.
 
 A finished trial is never opened again, since stock Optuna remembers it as finished for as long as it runs: to try a
 trial again is to queue a new one with the same parameters, which says of which trial it is the repetition.
@@ -10,14 +10,16 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from hpo import events, statements, studies, trials, writing
-from hpo.desk import Desk, Known, lock
+from hpo import corrections, events, statements, studies, trials, writing
+from hpo.desk import Desk, Known, lock, one_fault, storable
 from hpo.errors import Conflict
 from hpo.idempotency import Once, guard
+from hpo.protocol import CorrectionRequest
 from hpo.spec import TrialAdd, parse_trial
 from hpo.views import TrialView
 
 BY_A_PERSON = "cancelled by a person"
+CORRECTED = "its outcome was corrected by a person"
 
 LIVE_ATTEMPT = sa.text("""
     SELECT attempt_id FROM whetstone.attempts WHERE trial_id = :trial_id AND state = 'leased' FOR NO KEY UPDATE
@@ -125,6 +127,31 @@ def _requeue(conn: sa.Connection, known: Known, number: int) -> TrialView:
     events.notify(conn, "work", study)
     events.notify(conn, "trial", study)
     return trials.view_of(conn, known, new)
+
+
+def correct(desk: Desk, study: int, number: int, request: CorrectionRequest) -> TrialView:
+    """Give a trial that has ended another outcome; what is suggested next follows it, in every process.
+
+    Raises:
+        NotFound: there is no such study or trial.
+        Invalid: a complete trial without a value.
+        Conflict: the trial has not ended, or was cancelled.
+    """
+    if request.outcome == "complete" and request.value is None:
+        raise one_fault("value", "is missing: a complete trial has one", "the correction")
+    with desk.transaction() as conn:
+        known = desk.known(conn, study)
+        lock(conn, study)
+        trial_id = trials.find(conn, study, number)
+        conn.execute(statements.LOCK_TRIAL, {"trial_id": trial_id})
+        view = trials.view_of(conn, known, trial_id)
+        if view.state in ("queued", "leased", "cancelled"):
+            raise Conflict(f"trial {number} is {view.state}: only a trial that has ended has an outcome to correct")
+        value = None if request.outcome == "infeasible" else request.value
+        corrections.overwrite(conn, known, trial_id, value, storable(request.reason) or CORRECTED)
+        studies.settle(conn, known)
+        events.notify(conn, "trial", study)
+        return trials.view_of(conn, known, trial_id)
 
 
 def _refuse_if_over(row: Any) -> None:

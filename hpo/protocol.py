@@ -213,6 +213,14 @@ class TellRequest(Wire):
     """Of the best epoch; a complete or a pruned trial may have them."""
 
 
+class CorrectionRequest(Wire):
+    """Another outcome for a trial that has ended: a person knows better. `value` is required for complete."""
+
+    outcome: Literal["complete", "infeasible"] = "complete"
+    value: FiniteFloat | None = None
+    reason: LongText = ""
+
+
 class TellReply(Answer):
     study: int
     trial: int

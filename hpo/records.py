@@ -34,9 +34,14 @@ class Shape:
     """The names and distributions of a trial's parameters, in the order in which they were stored."""
 
     def __init__(self, spelled: tuple[tuple[str, str], ...]) -> None:
+        self._spelled = spelled
         self.names = tuple(name for name, _ in spelled)
         self.distributions: dict[str, BaseDistribution] = {name: _distribution(text) for name, text in spelled}
         self._read: tuple[SearchSpace | None, list[tuple[int, Reader]] | None] = (None, None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process it is that process's own: what is remembered of it stays here."""
+        return _interned, (self._spelled,)
 
     def params(self, internals: Sequence[float]) -> dict[str, Any]:
         return {
@@ -71,6 +76,10 @@ class Shape:
 
 
 _shape = lru_cache(maxsize=4096)(Shape)
+
+
+def _interned(spelled: tuple[tuple[str, str], ...]) -> Shape:
+    return _shape(spelled)
 
 
 def _reader(stored: BaseDistribution, name: str, wanted: BaseDistribution, space: SearchSpace) -> Reader:

@@ -174,7 +174,7 @@ class Whetlab:
             raise Conflict("the point of this result is not complete: it has no outcome to be written yet")
         trial_id = row.trial_id
         if row.state not in ("queued", "leased"):
-            corrections.overwrite(conn, known, trial_id, value)
+            corrections.overwrite(conn, known, trial_id, value, WRITTEN_AGAIN)
         else:
             if conn.execute(points.LIVE_ATTEMPT, {"trial_id": trial_id}).scalar() is not None:
                 raise Conflict("a worker holds this trial, and its outcome is the worker's to tell")
@@ -223,6 +223,7 @@ class Whetlab:
         return results.find(conn, result)
 
 
+WRITTEN_AGAIN = "its outcome was written again through Whetlab's protocol"
 _OTHER_POINT = "the point of a result cannot be changed: delete it, and add another"
 
 

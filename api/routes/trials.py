@@ -10,7 +10,7 @@ from api import openapi
 from api.routes.base import INT4, Cursor, Document, Hpo, Limit, OnceOnly, StudyId, TrialNumber, Waits, Who, needs
 from api.routes.base import router as api_router
 from hpo import spec
-from hpo.protocol import AskRequest, Lease
+from hpo.protocol import AskRequest, CorrectionRequest, Lease
 from hpo.views import AnswersView, ComparisonView, Page, TrialDetail, TrialState, TrialView
 
 router: APIRouter = api_router(tags=["trials"])
@@ -45,6 +45,17 @@ def add_trial(study: StudyId, hpo: Hpo, sent: Document, once: OnceOnly) -> Trial
 def get_trial(study: StudyId, n: TrialNumber, hpo: Hpo) -> TrialDetail:
     """One trial with its attempts, its learning curve and the reason of its end."""
     return hpo.get_trial(study, n)
+
+
+@router.patch("/studies/{study}/trials/{n}", **needs("admin", 400, 404, 409, 413, 415))
+def correct_trial(
+    study: StudyId,
+    n: TrialNumber,
+    body: Annotated[CorrectionRequest, Body(examples=[{"value": 0.61, "reason": "measured on the wrong split"}])],
+    hpo: Hpo,
+) -> TrialView:
+    """Replace the outcome of a trial that has ended; what is suggested next follows it."""
+    return hpo.correct_trial(study, n, body)
 
 
 @router.get("/studies/{study}/trials/{n}/answers", **needs("viewer", 404))

@@ -22,6 +22,7 @@ PATCH /studies/{study} admin
 DELETE /studies/{study} admin
 GET /studies/{study}/trials viewer
 GET /studies/{study}/trials/{n} viewer
+PATCH /studies/{study}/trials/{n} admin
 POST /studies/{study}/trials admin
 POST /studies/{study}/trials/{n}/cancel admin
 POST /studies/{study}/trials/{n}/requeue admin

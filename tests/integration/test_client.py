@@ -84,6 +84,20 @@ def test_a_point_of_ones_own_counts_and_a_value_that_is_no_number_is_infeasible(
         assert math.isnan(values[1])
 
 
+def test_an_outcome_told_again_replaces_the_first_and_the_best_follows(url: str) -> None:
+    with experiment(url) as oven:
+        first, second = oven.suggest(), oven.suggest()
+        oven.update(first, 3.0)
+        oven.update(second, 2.0)
+        assert oven.update(first, 1.0).value == 1.0
+        assert oven.best() == second
+        assert math.isnan(oven.update(second, math.nan).value or 0.0)
+        assert oven.best() == first
+        third = oven.suggest()
+        with experiment(url) as elsewhere, pytest.raises(ApiError, match="leased"):
+            elsewhere.update_by_result_id(third.result_id, 1.0)
+
+
 def test_pending_points_are_listed_found_by_their_values_and_given_up(url: str) -> None:
     with experiment(url) as oven:
         first, second, third = oven.suggest(), oven.suggest(), oven.suggest()

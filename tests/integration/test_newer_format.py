@@ -14,6 +14,7 @@ from tests.integration.test_api_hostile import ROUTES, address
 
 BODIES: dict[tuple[str, str], dict[str, object]] = {
     ("PATCH", "/api/v1/studies/{study}"): {"state": "paused"},
+    ("PATCH", "/api/v1/studies/{study}/trials/{n}"): {"value": 1.0},
     ("POST", "/api/v1/studies/{study}/trials"): {"params": {"x": 1.0, "y": 2.0}},
     ("POST", "/api/v1/studies/{study}/ask"): {"worker": "w"},
     ("POST", "/api/v1/leases/{lease}/report"): {"token": 1},
