@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from optuna.trial import TrialState
 
+from hpo.board import Board
 from hpo.errors import Conflict, Fault
 from hpo.history import entry_of
 from hpo.suggest import NothingFeasible, choose
@@ -145,3 +146,23 @@ def test_what_is_stored_is_what_optuna_reads_back() -> None:
     assert type(made.params["batch"]) is int
     assert all(type(value) is float for value in made.internal.values())
     assert not any(key.startswith(("tpe:", "gp:")) for key in made.trial_system_attrs)
+
+
+def test_what_was_tried_follows_corrections_and_trials_that_are_gone() -> None:
+    study = Study(spec_of("random", SMALL))
+    space = study.spec.space
+    for place in range(4):
+        study.add(choose(study.spec, study.snapshot, place, fixed=space.point(place)), TrialState.COMPLETE, 1.0)
+    keys = [space.key(space.point(place)) for place in range(5)]
+    board = Board(space)
+    board.update(study.snapshot.entries)
+    assert [board.tried(key, None) for key in keys] == [True, True, True, True, False]
+    assert not board.tried(keys[1], but=study.entries[1])
+    moved = choose(study.spec, study.snapshot, 2, fixed=space.point(4))
+    corrected = Study(study.spec)
+    corrected.entries = study.entries[:1]
+    corrected.add(moved, TrialState.COMPLETE, 1.0)
+    board.update((*study.entries[:1], corrected.entries[1], *study.entries[2:]))
+    assert [board.tried(key, None) for key in keys] == [True, False, True, True, True]
+    board.update(study.snapshot.entries[:1])
+    assert [board.tried(key, None) for key in keys] == [True, False, False, False, False]

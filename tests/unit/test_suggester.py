@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from optuna.trial import TrialState
 
-from hpo.history import Snapshot, entry_of
+from hpo.history import Snapshot, copy_of, entry_of
 from hpo.sampling import SamplerFailed, SamplingProcess
 from hpo.space import SearchSpace
 from hpo.spec import Choice
@@ -84,7 +84,8 @@ def follows_choose(study: Study, process: SamplingProcess) -> None:
         made = asked.next(number, fixed)
         assert made == choose(study.spec, study.snapshot, number, fixed=fixed)
         study.add(made, TrialState.RUNNING)
-        study.entries[3] = played(study.spec, 4).entries[3]  # something finished has been corrected
+        corrected = copy_of(study.entries[trial].trial, state=TrialState.COMPLETE, value=5.0 + trial)
+        study.entries[trial] = entry_of(corrected).checked_by(study.spec.space)
 
 
 def test_quick_samplers_stay_and_follow_choose(process: SamplingProcess) -> None:

@@ -84,10 +84,10 @@ def test_the_points_are_those_of_the_stock_sampler(space: list[dict[str, Any]], 
 
 def test_where_few_trials_are_complete_the_good_ones_are_chosen_as_stock_does() -> None:
     spec = spec_of("tpe", FLOATS)
-    study = played(spec, 120)
-    few = [entry for entry in study.entries if entry.trial.state != TrialState.COMPLETE or entry.infeasible][:30]
+    study = played(spec, 400)
+    few = [entry for entry in study.entries if entry.trial.state != TrialState.COMPLETE or entry.infeasible]
     assert {entry.trial.state for entry in few} >= {TrialState.PRUNED, TrialState.COMPLETE}
-    for number in range(200, 206):
+    for number in range(400, 406):
         session = Session(spec, moment(study, few), number, spec.seed, {})
         assert session.ask().reduced == stock(spec, moment(study, few), number).ask().reduced
 
@@ -127,9 +127,11 @@ def test_beyond_what_is_affordable_the_good_trials_are_of_all_and_the_poorer_the
 def test_the_trial_itself_is_not_among_those_it_is_chosen_by() -> None:
     spec = spec_of("tpe", FLOATS)
     study = played(spec, 40)
-    others = [entry for entry in study.entries if entry.trial.number != 17]
-    with_it = Session(spec, moment(study), 17, spec.seed, {}).ask()
-    assert with_it == Session(spec, moment(study, others), 17, spec.seed, {}).ask()
+    feasible = [entry for entry in study.entries if entry.state == TrialState.COMPLETE and not entry.infeasible]
+    best = max(feasible, key=lambda entry: entry.value or -9.0).number
+    others = [entry for entry in study.entries if entry.number != best]
+    with_it = Session(spec, moment(study), best, spec.seed, {}).ask()
+    assert with_it == Session(spec, moment(study, others), best, spec.seed, {}).ask()
 
 
 def test_what_changed_is_found_wherever_it_stands() -> None:
