@@ -24,7 +24,7 @@ import sqlalchemy as sa
 from benchmarks.child import cores
 from benchmarks.measure import say
 from benchmarks.processor import family
-from hpo import database
+from hpo import database, schema
 from hpo.coordinator import Coordinator
 from hpo.embedded import EmbeddedPostgres
 from hpo.tokens import Principal
@@ -80,7 +80,7 @@ class Place:
         made = database.connect(self.engine.url.set(database=name).render_as_string(hide_password=False))
         self._stack.callback(made.dispose)
         if ours:
-            database.upgrade(made)
+            schema.upgrade(made)
         return made
 
     @contextlib.contextmanager

@@ -28,7 +28,7 @@ def open_store(settings: Settings, *, migrate: bool | None = None) -> Iterator[E
     The embedded server is always migrated; one at DATABASE_URL only with `migrate=True`. With `settings.wait_s` a
     server that does not answer, or is not migrated yet, is waited for. Raises `DatabaseUnavailable`.
     """
-    from hpo import database
+    from hpo import database, schema
     from hpo.embedded import EmbeddedPostgres, running
 
     if settings.database_url:
@@ -48,7 +48,7 @@ def open_store(settings: Settings, *, migrate: bool | None = None) -> Iterator[E
         assert url is not None
         engine = database.connect(url)
         try:
-            database.upgrade(engine)
+            schema.upgrade(engine)
             yield engine
         finally:
             engine.dispose()
@@ -58,7 +58,7 @@ def open_store(settings: Settings, *, migrate: bool | None = None) -> Iterator[E
 
 
 def _wait_for(url: str, wait_s: float, *, migrate: bool) -> Engine:
-    from hpo import database
+    from hpo import database, schema
 
     deadline = time.monotonic() + wait_s
     said = ""
@@ -66,8 +66,8 @@ def _wait_for(url: str, wait_s: float, *, migrate: bool) -> Engine:
         engine = database.connect(url)
         try:
             if migrate:
-                database.upgrade(engine)
-            elif (state := database.check(engine)) != "current":
+                schema.upgrade(engine)
+            elif (state := schema.check(engine)) != "current":
                 raise DatabaseUnavailable(UNMIGRATED[state])
         except DatabaseUnavailable as error:
             engine.dispose()

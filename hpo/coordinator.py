@@ -85,7 +85,7 @@ class Coordinator:
     """Studies, trials, leases and workers of one database.
 
     Args:
-        engine: of a database that `database.upgrade` has brought up to date.
+        engine: of a database that `schema.upgrade` has brought up to date.
         workloads: what can be tuned, by name; the workload "external" is always there.
         term_s: how long a lease lives without a report.
         heartbeat_s: how often a worker is to report; well below the term.

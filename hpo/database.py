@@ -1,4 +1,4 @@
-"""The one way to PostgreSQL: addresses, transactions that a thread shares, retries, and the schema's version.
+"""The one way to PostgreSQL: addresses, transactions that a thread shares, retries, and calls of our functions.
 
 Invariant: whatever runs inside `transaction(engine)` on one thread commits together or not at all, however deep it is
 nested. A lost server is one error, `DatabaseUnavailable`, of one line and without the password.
@@ -7,15 +7,13 @@ nested. A lost server is one error, `DatabaseUnavailable`, of one line and witho
 from __future__ import annotations
 
 import contextlib
-import logging
 import random
 import select
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import psycopg2  # type: ignore[import-untyped]
 import sqlalchemy as sa
@@ -24,9 +22,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, InvalidatePoolError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
-from hpo import functions, stamp
-from hpo.errors import DatabaseUnavailable, WhetstoneError
-from hpo.tables import SCHEMA
+from hpo.errors import DatabaseUnavailable
 
 T = TypeVar("T")
 
@@ -35,20 +31,12 @@ CALLS = 3
 
 _RETRIABLE = {"40001", "40P01"}  # serialization failure, deadlock: PostgreSQL rolled the whole transaction back
 _SHUTTING_DOWN = {"57P01", "57P02", "57P03"}
-_FORBIDDEN, _READ_ONLY = "42501", "25006"
-_UPGRADE_LOCK = 0x77686574  # one upgrade at a time on a database
 
 
 class CommitUnknown(DatabaseUnavailable):
     """The connection was lost while committing: the transaction may have been stored or not."""
 
     code = "commit_unknown"
-
-
-class DatabaseTooNew(WhetstoneError):
-    """A newer Whetstone or Optuna has upgraded this database; this one would misread it."""
-
-    code = "database_too_new"
 
 
 def connect(
@@ -156,11 +144,11 @@ def transaction(engine: Engine) -> Iterator[Connection]:
             raise
         return
     try:
-        with _translated(engine):
+        with translated(engine):
             connection = engine.connect()
     except PoolTimeout as error:
-        raise DatabaseUnavailable(f"{_place(engine)} is busy: every connection of this process is in use") from error
-    with contextlib.closing(connection), _translated(engine):
+        raise DatabaseUnavailable(f"{place(engine)} is busy: every connection of this process is in use") from error
+    with contextlib.closing(connection), translated(engine):
         opened = _open.by_engine[id(engine)] = _Transaction(connection)
         begun = connection.begin()
         try:
@@ -192,10 +180,10 @@ def call(engine: Engine, statement: str, values: Mapping[str, Any] | None = None
         raise RuntimeError("a call commits by itself: make it outside of the transaction")
     for attempt in range(1, CALLS + 1):
         try:
-            with _translated(engine):
+            with translated(engine):
                 return _committing(engine, statement, dict(values or {}))
         except PoolTimeout as error:
-            raise DatabaseUnavailable(f"{_place(engine)} is busy: every connection is in use") from error
+            raise DatabaseUnavailable(f"{place(engine)} is busy: every connection is in use") from error
         except DBAPIError as error:
             if attempt == CALLS or getattr(error.orig, "pgcode", None) not in _RETRIABLE:
                 raise
@@ -249,7 +237,7 @@ def alone(engine: Engine) -> Iterator[Connection]:
             yield connection
         return
     try:
-        with _translated(engine), engine.connect() as connection:
+        with translated(engine), engine.connect() as connection:
             driver: Any = connection.connection.dbapi_connection
             driver.autocommit = True  # as in `_committing`: not by SQLAlchemy's isolation level
             try:
@@ -258,7 +246,7 @@ def alone(engine: Engine) -> Iterator[Connection]:
                 if not driver.closed:
                     driver.autocommit = False
     except PoolTimeout as error:
-        raise DatabaseUnavailable(f"{_place(engine)} is busy: every connection of this process is in use") from error
+        raise DatabaseUnavailable(f"{place(engine)} is busy: every connection of this process is in use") from error
 
 
 def in_transaction(engine: Engine) -> bool:
@@ -302,7 +290,8 @@ def ping(engine: Engine) -> None:
 
 
 @contextlib.contextmanager
-def _translated(engine: Engine) -> Iterator[None]:
+def translated(engine: Engine) -> Iterator[None]:
+    """Within it a server that is lost is `DatabaseUnavailable`."""
     try:
         yield
     except DBAPIError as error:
@@ -324,169 +313,10 @@ def _unavailable(engine: Engine, how: str, error: DBAPIError) -> str:
     detail = lines[0] if lines else type(error.orig).__name__
     if engine.url.password:
         detail = detail.replace(str(engine.url.password), "***")
-    return f"{_place(engine)} {how}: {detail}"
+    return f"{place(engine)} {how}: {detail}"
 
 
-def _place(engine: Engine) -> str:
+def place(engine: Engine) -> str:
+    """Where the server is, for people: without user and password."""
     host = engine.url.host or engine.url.query.get("host") or "the local socket"
     return f"PostgreSQL at {host}:{engine.url.port}" if engine.url.port else f"PostgreSQL at {host}"
-
-
-# The schema: Optuna's tables by Optuna, ours by our Alembic history, one upgrade at a time.
-
-SchemaState = Literal["empty", "old", "current", "new"]
-
-
-def upgrade(engine: Engine) -> None:
-    """Bring the database to this code's version: Optuna's stock tables, the schema `whetstone`, our indexes.
-
-    Repeating it changes nothing, and two at once wait for each other. Raises `DatabaseUnavailable`; `DatabaseTooNew`
-    before anything is touched.
-    """
-    with transaction(engine) as connection:
-        if functions.installed(connection):
-            return  # this very code has upgraded it last, and nobody since
-    with _translated(engine), _permitted(engine), engine.connect() as guard:
-        guard.execution_options(isolation_level="AUTOCOMMIT")
-        if stamp.matches(guard):
-            _keep_public_first(guard)
-            return
-        guard.execute(sa.text("SELECT pg_advisory_lock(:key)"), {"key": _UPGRADE_LOCK})
-        try:
-            _refuse_newer(engine)
-            _keep_public_first(guard)
-            _upgrade_optuna(engine)
-            _upgrade_ours(engine)
-        finally:
-            with contextlib.suppress(DBAPIError):
-                guard.execute(sa.text("SELECT pg_advisory_unlock(:key)"), {"key": _UPGRADE_LOCK})
-
-
-@contextlib.contextmanager
-def _permitted(engine: Engine) -> Iterator[None]:
-    try:
-        yield
-    except DBAPIError as error:
-        code = getattr(error.orig, "pgcode", None)
-        if code == _FORBIDDEN:
-            remedy = "make that user the database's owner, or run `whetstone db upgrade` as one who may"
-            fault = f"refuses to make tables for the user {engine.url.username}"
-        elif code == _READ_ONLY:
-            remedy = "point DATABASE_URL at the primary server"
-            fault = "is read-only"
-        else:
-            raise
-        raise DatabaseUnavailable(f"{_place(engine)} {fault}: {remedy}") from error
-
-
-def check(engine: Engine) -> SchemaState:
-    """How the database stands to this code: "empty", "old" (run ``whetstone db upgrade``), "current" or "new"."""
-    with transaction(engine) as connection:
-        if stamp.matches(connection):
-            return "current"
-        here = {SCHEMA: _revision(connection, SCHEMA), "public": _revision(connection, "public")}
-        ours_installed = functions.installed(connection)
-    ours, optunas = _our_scripts(), _optuna_scripts()
-    states = []
-    for schema, scripts in ((SCHEMA, ours), ("public", optunas)):
-        revision = here[schema]
-        known = {script.revision for script in scripts.walk_revisions()}
-        if revision is None:
-            states.append("empty")
-        elif revision not in known:
-            states.append("new")
-        else:
-            states.append("current" if revision == scripts.get_current_head() else "old")
-    if "new" in states:
-        return "new"
-    if states == ["empty", "empty"]:
-        return "empty"
-    return "current" if states == ["current", "current"] and ours_installed else "old"
-
-
-def _refuse_newer(engine: Engine) -> None:
-    if check(engine) == "new":
-        raise DatabaseTooNew(
-            "the database was upgraded by a newer Whetstone or Optuna than this one: "
-            "install that version, or set DATABASE_URL to another database"
-        )
-
-
-def _revision(connection: Connection, schema: str) -> str | None:
-    table = connection.execute(sa.text("SELECT to_regclass(:name)"), {"name": f"{schema}.alembic_version"}).scalar()
-    if table is None:
-        return None
-    revision: str | None = connection.execute(
-        sa.select(sa.column("version_num")).select_from(sa.table("alembic_version", schema=schema))
-    ).scalar()
-    return revision
-
-
-def _keep_public_first(connection: Connection) -> None:
-    """For stock Optuna too: a user called like our schema would find our `studies` before Optuna's."""
-    user, database = connection.execute(sa.text("SELECT current_user, current_database()")).one()
-    if user == SCHEMA:
-        quote = connection.dialect.identifier_preparer.quote_identifier
-        connection.execute(sa.text(f"ALTER ROLE {quote(user)} IN DATABASE {quote(database)} SET search_path TO public"))
-
-
-def _upgrade_optuna(engine: Engine) -> None:
-    from optuna.storages import RDBStorage
-
-    # Its migrations open connections of their own from the address, so the search path travels in it.
-    given = engine.url.query.get("options", "")
-    options = " ".join([*([given] if isinstance(given, str) else given), "-csearch_path=public"]).strip()
-    url = engine.url.update_query_dict({"options": options}).render_as_string(hide_password=False)
-    storage = RDBStorage(url, skip_compatibility_check=True, engine_kwargs={"poolclass": sa.NullPool})
-    try:
-        if storage.get_current_version() != storage.get_head_version():
-            with _logging_left_alone():
-                storage.upgrade()
-    finally:
-        storage.remove_session()
-        storage.engine.dispose()
-
-
-@contextlib.contextmanager
-def _logging_left_alone() -> Iterator[None]:
-    """Optuna's migrations configure the process's logging, and silence every logger there is, where none is set up."""
-    handler = logging.NullHandler()
-    logging.getLogger().addHandler(handler)
-    try:
-        yield
-    finally:
-        logging.getLogger().removeHandler(handler)
-
-
-def _upgrade_ours(engine: Engine) -> None:
-    from alembic import command
-
-    with engine.begin() as connection:
-        connection.execute(sa.text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
-        config = _config()
-        config.attributes["connection"] = connection
-        command.upgrade(config, "head")
-        functions.install(connection)
-        stamp.leave(connection)
-
-
-def _config() -> Any:
-    from alembic.config import Config
-
-    config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations").replace("%", "%%"))
-    config.set_main_option("path_separator", "os")
-    return config
-
-
-def _our_scripts() -> Any:
-    from alembic.script import ScriptDirectory
-
-    return ScriptDirectory.from_config(_config())
-
-
-def _optuna_scripts() -> Any:
-    from alembic.script import ScriptDirectory
-    from optuna.storages import _rdb
-
-    return ScriptDirectory(str(Path(_rdb.__file__).parent / "alembic"))

@@ -22,7 +22,6 @@ _MIGRATIONS = Path(__file__).parent / "migrations" / "versions"
 _THERE = sa.text("""
     SELECT to_regclass('whetstone.alembic_version') IS NOT NULL AND to_regclass('public.alembic_version') IS NOT NULL
        AND to_regprocedure('whetstone.stamp()') IS NOT NULL
-       AND to_regprocedure('whetstone.functions_digest()') IS NOT NULL
 """)
 _REVISIONS = sa.text("""
     SELECT (SELECT string_agg(version_num, ',') FROM whetstone.alembic_version) || ' '
@@ -41,7 +40,7 @@ def leave(connection: Connection) -> None:
 
 def matches(connection: Connection) -> bool:
     """Whether the database is as an upgrade by this very code would leave it."""
-    if not connection.execute(_THERE).scalar() or not functions.installed(connection):
+    if not connection.execute(_THERE).scalar():
         return False
     return bool(connection.execute(_STAMP).scalar() == _stamp(connection))
 

@@ -96,7 +96,7 @@ class PostgresStorage(BaseStorage):
     """A stock Optuna database behind one engine; safe to share between threads.
 
     Differs from Optuna's own `RDBStorage` in that it joins the thread's transaction, reads what has changed in a
-    statement or two, and never leaves part of a trial behind. The tables must be there: `database.upgrade` makes them.
+    statement or two, and never leaves part of a trial behind. The tables must be there: `schema.upgrade` makes them.
     """
 
     def __init__(self, engine: Engine) -> None:

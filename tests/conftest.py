@@ -38,11 +38,11 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def _template(postgres_server: str) -> Iterator[str]:
     """The name of a migrated, empty database that the others are copied from."""
-    from hpo import database
+    from hpo import database, schema
 
     with _made(postgres_server) as name:
         engine = database.connect(_named(postgres_server, name))
-        database.upgrade(engine)
+        schema.upgrade(engine)
         engine.dispose()
         yield name
 

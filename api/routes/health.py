@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 
 from api.errors import NOT_MIGRATED, RETRY_AFTER_S, shape
 from api.openapi import ERROR_SCHEMA
-from hpo import database
+from hpo import schema
 from hpo.coordinator import Coordinator
 from hpo.errors import DatabaseUnavailable, WhetstoneError
 
@@ -75,7 +75,7 @@ class Readiness:
         self._coordinator.ready()
         if time.monotonic() < self._until:
             return
-        state = database.check(self._coordinator.engine)
+        state = schema.check(self._coordinator.engine)
         if state == "new":
             raise DatabaseUnavailable(
                 "the database was upgraded by a newer Whetstone than this one: install that version"

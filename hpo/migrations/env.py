@@ -1,4 +1,4 @@
-"""How Alembic runs our steps: on the connection `database.upgrade` hands over, with the version table in our schema."""
+"""How Alembic runs our steps: on the connection `schema.upgrade` hands over, with the version table in our schema."""
 
 from typing import Any
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from hpo import database
+from hpo import database, schema
 from hpo.embedded import EmbeddedPostgres
 from tests.faults.outage import OUTAGES_S, outage
 from tests.faults.schedule import draw
@@ -45,7 +45,7 @@ def databases(server: str, count: int) -> list[str]:
             made.append((url, name))
             if not number:
                 first = database.connect(url)
-                database.upgrade(first)
+                schema.upgrade(first)
                 first.dispose()
     engine.dispose()
     return [url for url, _ in made]

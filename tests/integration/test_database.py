@@ -19,8 +19,8 @@ from alembic.migration import MigrationContext
 from optuna.storages import RDBStorage
 from sqlalchemy import Connection, Engine
 
-from hpo import database
-from hpo.database import CommitUnknown, DatabaseTooNew, in_transaction, retrying, transaction
+from hpo import database, schema
+from hpo.database import CommitUnknown, in_transaction, retrying, transaction
 from hpo.errors import DatabaseUnavailable
 from hpo.tables import SCHEMA, metadata
 
@@ -97,18 +97,18 @@ def test_upgrading_again_changes_nothing(engine: Engine) -> None:
             ]
 
     before = stamp()
-    database.upgrade(engine)
+    schema.upgrade(engine)
     assert stamp() == before
-    assert database.check(engine) == "current"
+    assert schema.check(engine) == "current"
 
 
 def test_two_upgrades_at_once_make_one_schema(empty: Engine) -> None:
-    assert database.check(empty) == "empty"
+    assert schema.check(empty) == "empty"
     faults: list[BaseException] = []
 
     def upgrade() -> None:
         try:
-            database.upgrade(empty)
+            schema.upgrade(empty)
         except BaseException as error:
             faults.append(error)
 
@@ -118,16 +118,16 @@ def test_two_upgrades_at_once_make_one_schema(empty: Engine) -> None:
     for thread in threads:
         thread.join()
     assert faults == []
-    assert database.check(empty) == "current"
+    assert schema.check(empty) == "current"
 
 
 def test_a_database_that_stock_optuna_made_is_taken_as_it_is(empty: Engine, empty_url: str) -> None:
     study = optuna.create_study(storage=RDBStorage(empty_url), study_name="before us")
     study.enqueue_trial({"x": 1.0})
     study.optimize(lambda trial: trial.suggest_float("x", 0, 2), n_trials=2)
-    assert database.check(empty) == "old"
-    database.upgrade(empty)
-    assert database.check(empty) == "current"
+    assert schema.check(empty) == "old"
+    schema.upgrade(empty)
+    assert schema.check(empty) == "current"
     again = optuna.load_study(study_name="before us", storage=RDBStorage(empty_url))
     assert again.trials == study.trials
 
@@ -135,15 +135,15 @@ def test_a_database_that_stock_optuna_made_is_taken_as_it_is(empty: Engine, empt
 def test_optunas_own_migrations_are_run_and_leave_our_logging_alone(engine: Engine) -> None:
     with engine.begin() as connection:
         connection.execute(sa.text("UPDATE alembic_version SET version_num = 'v3.0.0.d'"))
-    assert database.check(engine) == "old"
+    assert schema.check(engine) == "old"
     # pytest's handlers would hide it: a process whose logging nobody has set up yet.
     program = """
 import logging, sys
-from hpo import database
+from hpo import database, schema
 log = logging.getLogger("ours")
 engine = database.connect(sys.argv[1])
-database.upgrade(engine)
-print(database.check(engine), log.disabled, logging.getLogger().handlers)
+schema.upgrade(engine)
+print(schema.check(engine), log.disabled, logging.getLogger().handlers)
 """
     url = engine.url.render_as_string(hide_password=False)
     done = subprocess.run([sys.executable, "-c", program, url], capture_output=True, text=True, check=False)
@@ -155,9 +155,9 @@ def test_a_database_of_newer_code_is_refused_untouched(engine: Engine, schema: s
     with engine.begin() as connection:
         connection.execute(sa.text(f"UPDATE {schema}.alembic_version SET version_num = 'from the future'"))
         connection.execute(sa.text("DROP INDEX whetstone_trials_state"))
-    assert database.check(engine) == "new"
-    with pytest.raises(DatabaseTooNew, match=r"newer Whetstone or Optuna .* DATABASE_URL"):
-        database.upgrade(engine)
+    assert schema.check(engine) == "new"
+    with pytest.raises(schema.DatabaseTooNew, match=r"newer Whetstone or Optuna .* DATABASE_URL"):
+        schema.upgrade(engine)
     with engine.connect() as connection:
         assert connection.execute(sa.text("SELECT to_regclass('whetstone_trials_state')")).scalar() is None
 
@@ -176,7 +176,7 @@ def test_a_user_called_like_our_schema_still_finds_optunas_tables(empty: Engine,
     engine = database.connect(theirs)
     try:
         for _ in range(2):
-            database.upgrade(engine)
+            schema.upgrade(engine)
         stock = RDBStorage(theirs)
         study = optuna.create_study(storage=stock, study_name="stock")
         assert [row.study_name for row in stock.get_all_studies()] == ["stock"]
@@ -376,7 +376,7 @@ def test_a_server_that_does_not_answer_is_one_line_without_the_password() -> Non
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
         engine = database.connect(f"postgresql://somebody:hidden@127.0.0.1:{port}/d")
-        for call in (database.ping, database.upgrade, database.check):
+        for call in (database.ping, schema.upgrade, schema.check):
             with pytest.raises(DatabaseUnavailable, match=f"127.0.0.1:{port} does not answer") as refused:
                 call(engine)
             assert "\n" not in str(refused.value)
@@ -413,7 +413,7 @@ def test_a_user_who_may_not_make_tables_is_told_what_to_do(empty: Engine) -> Non
     engine = database.connect(url)
     try:
         with pytest.raises(DatabaseUnavailable, match=f"refuses to make tables for the user {role}.*db upgrade"):
-            database.upgrade(engine)
+            schema.upgrade(engine)
     finally:
         engine.dispose()
         with empty.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:

@@ -19,7 +19,7 @@ import psycopg2
 import pytest
 import sqlalchemy as sa
 
-from hpo import database, embedded, launcher
+from hpo import database, embedded, launcher, schema
 from hpo.embedded import EmbeddedPostgres
 from hpo.pghome import EmbeddedError, Place
 
@@ -422,8 +422,8 @@ def test_root_without_any_way_is_told_the_remedies(tmp_path: Path) -> None:
 def test_it_serves_a_whole_database_of_ours(home: Path) -> None:
     with EmbeddedPostgres(home, settings=FAST) as server:
         engine = database.connect(server.url)
-        database.upgrade(engine)
-        assert database.check(engine) == "current"
+        schema.upgrade(engine)
+        assert schema.check(engine) == "current"
         engine.dispose()
 
 

@@ -10,14 +10,14 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy import Engine
 
-from hpo import database, stamp
+from hpo import schema, stamp
 
 START = """
 import sys
-from hpo import database
+from hpo import database, schema
 engine = database.connect(sys.argv[1])
-database.upgrade(engine)
-assert database.check(engine) == "current"
+schema.upgrade(engine)
+assert schema.check(engine) == "current"
 print(sorted({"alembic", "optuna"} & sys.modules.keys()))
 """
 
@@ -60,9 +60,9 @@ def test_another_version_of_the_code_is_another_stamp(
         assert stamp.matches(connection)
 
 
-def test_a_functions_text_that_was_replaced_is_put_right_by_the_next_upgrade(engine: Engine) -> None:
+def test_a_stamp_that_is_gone_is_put_back_by_the_next_upgrade(engine: Engine) -> None:
     with engine.begin() as connection:
-        connection.execute(sa.text("DROP FUNCTION whetstone.functions_digest"))
-    assert database.check(engine) == "old"
-    database.upgrade(engine)
-    assert database.check(engine) == "current"
+        connection.execute(sa.text("DROP FUNCTION whetstone.stamp"))
+    assert schema.check(engine) == "old"
+    schema.upgrade(engine)
+    assert schema.check(engine) == "current"
