@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from fastapi.routing import APIRoute
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -52,7 +51,7 @@ class Alpha(APIRoute):
 
         async def handle(request: Request) -> Response:
             limits.check_address(request)
-            request.state.principal = await run_in_threadpool(auth.admit, request, role)
+            request.state.principal = await auth.admit(request, role)
             sent = await request.body()
             request.state.body = read(sent) if extra["x-body"] else {}
             response = await run(request)

@@ -117,6 +117,7 @@ def _serve(
 
     from api.app import create_app
     from api.auth import OneTimeLink
+    from api.methods import http_protocol
     from hpo.coordinator import Coordinator
     from hpo.expiry import Reaper
     from hpo.tokens import Principal
@@ -168,6 +169,7 @@ def _serve(
         timeout_graceful_shutdown=3,
         timeout_keep_alive=KEEP_ALIVE_S,
         lifespan="on",
+        http=http_protocol(),
     )
     server = Server(config)
     gc.freeze()

@@ -17,6 +17,7 @@ from sqlalchemy import Engine
 
 from api.app import create_app
 from api.auth import OneTimeLink
+from api.methods import http_protocol
 from hpo import database
 from hpo.coordinator import Coordinator
 from hpo.errors import Fault
@@ -78,7 +79,8 @@ def served(app: FastAPI) -> Iterator[tuple[str, uvicorn.Server]]:
     """A real uvicorn in a thread, its address, and (once the block is left) its orderly end."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=10, lifespan="on"))
+        config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=10, lifespan="on", http=http_protocol())
+        server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         until = time.monotonic() + 30

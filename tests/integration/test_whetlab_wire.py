@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import socket
 from collections.abc import Iterator
@@ -145,6 +146,13 @@ def test_methods_in_small_letters_are_understood_by_the_real_server(engine: Engi
         status, written = send("patch", f"/api/alpha/results/{result['id']}/", dumps({**result, "runDate": ""}))
         assert (status, written["variables"][-1]["value"]) == (200, "NaN")
         assert send("delete", f"/api/alpha/results/{result['id']}/", b"[]")[0] == 204
+        kept = http.client.HTTPConnection(host, timeout=30)
+        for method in ("get", "GET", "patch", "get"):  # one connection, and bodies that begin like a method
+            path = f"/api/alpha/experiments/{made['id']}"
+            kept.request(method, path, body=b"get / HTTP/1.1\r\n\r\n", headers=bearer("admin"))
+            answer = kept.getresponse()
+            assert (answer.status, bool(answer.read())) == (405 if method == "patch" else 200, True)
+        kept.close()
 
 
 def test_pages_name_their_neighbours_and_end_with_404(client: TestClient) -> None:

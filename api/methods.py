@@ -1,0 +1,43 @@
+"""HTTP methods in small letters, which Whetlab's Lua client sends, understood by a parser that knows only capitals.
+
+httptools refuses ``get / HTTP/1.1`` before any application sees it, so a request's first letters are brought into
+capitals as they come in; h11, which uvicorn takes where httptools is not installed, passes them on as they are, and
+`api.whetlab` does the rest. Invariant: nothing but the method of a request is ever changed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+
+_SMALL = re.compile(rb"(?:get|put|post|patch|delete|head|options) ")
+
+
+def http_protocol() -> type[asyncio.Protocol]:
+    """What uvicorn is to speak HTTP with, for its setting `http`."""
+    try:
+        from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+    except ImportError:
+        from uvicorn.protocols.http.h11_impl import H11Protocol
+
+        return H11Protocol
+
+    class AnyCase(HttpToolsProtocol):
+        """Looks at what comes in between two requests, which is the beginning of one."""
+
+        _between = True
+
+        def on_message_begin(self) -> None:
+            self._between = False
+            super().on_message_begin()
+
+        def on_message_complete(self) -> None:
+            super().on_message_complete()
+            self._between = True
+
+        def data_received(self, data: bytes) -> None:
+            if self._between and (small := _SMALL.match(data)) is not None:
+                data = small[0].upper() + data[small.end() :]
+            super().data_received(data)
+
+    return AnyCase
