@@ -11,9 +11,13 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import sqlalchemy as sa
 from sqlalchemy import Connection
 
 _FOLDER = Path(__file__).parent
+
+# Replacing would leave one whose arguments have changed beside the new one, and refuse another type of answer.
+_THERE = sa.text("SELECT oid::regprocedure::text FROM pg_proc WHERE pronamespace = 'whetstone'::regnamespace")
 
 
 def sources() -> dict[str, str]:
@@ -27,7 +31,9 @@ def digest() -> str:
 
 
 def install(connection: Connection) -> None:
-    """Make the functions, or replace those of another version, in the caller's transaction."""
+    """Make the functions in place of those of another version, in the caller's transaction."""
+    for gone in connection.execute(_THERE).scalars().all():
+        connection.exec_driver_sql(f"DROP ROUTINE {gone}")
     connection.exec_driver_sql("SET LOCAL check_function_bodies = off")  # they call each other, in no order
     for text in sources().values():
         connection.exec_driver_sql(text.replace("%", "%%"))

@@ -150,10 +150,10 @@ print(schema.check(engine), log.disabled, logging.getLogger().handlers)
     assert done.stdout.strip() == "current False []", done.stderr
 
 
-@pytest.mark.parametrize("schema", ["public", SCHEMA])
-def test_a_database_of_newer_code_is_refused_untouched(engine: Engine, schema: str) -> None:
+@pytest.mark.parametrize("where", ["public", SCHEMA])
+def test_a_database_of_newer_code_is_refused_untouched(engine: Engine, where: str) -> None:
     with engine.begin() as connection:
-        connection.execute(sa.text(f"UPDATE {schema}.alembic_version SET version_num = 'from the future'"))
+        connection.execute(sa.text(f"UPDATE {where}.alembic_version SET version_num = 'from the future'"))
         connection.execute(sa.text("DROP INDEX whetstone_trials_state"))
     assert schema.check(engine) == "new"
     with pytest.raises(schema.DatabaseTooNew, match=r"newer Whetstone or Optuna .* DATABASE_URL"):

@@ -35,7 +35,6 @@ def test_a_start_on_a_current_database_needs_no_alembic(postgres_url: str) -> No
         "INSERT INTO public.alembic_version VALUES ('two heads')",
         "DELETE FROM public.alembic_version",
         "DROP FUNCTION whetstone.stamp",
-        "DROP FUNCTION whetstone.functions_digest",
         "DROP TABLE whetstone.alembic_version",
     ],
 )
@@ -66,3 +65,15 @@ def test_a_stamp_that_is_gone_is_put_back_by_the_next_upgrade(engine: Engine) ->
     assert schema.check(engine) == "old"
     schema.upgrade(engine)
     assert schema.check(engine) == "current"
+
+
+def test_an_upgrade_leaves_no_function_of_another_version_behind(engine: Engine) -> None:
+    with engine.begin() as connection:
+        connection.execute(sa.text("DROP FUNCTION whetstone.stamp"))
+        connection.execute(sa.text("DROP FUNCTION whetstone.settle"))
+        connection.execute(sa.text("CREATE FUNCTION whetstone.settle(integer) RETURNS integer LANGUAGE sql RETURN 1"))
+        connection.execute(sa.text("CREATE FUNCTION whetstone.settle(text) RETURNS integer LANGUAGE sql RETURN 1"))
+    schema.upgrade(engine)
+    found = sa.text("SELECT oid::regprocedure::text, prorettype::regtype::text FROM pg_proc WHERE proname = 'settle'")
+    with engine.connect() as connection:
+        assert connection.execute(found).all() == [("whetstone.settle(integer)", "void")]
