@@ -212,6 +212,10 @@ def test_names_of_any_text_are_kept_and_shown_as_they_are(client: TestClient, na
         assert "<script>alert" not in page.text
     for kind in ("json", "csv", "yaml"):
         assert client.get(f"/api/v1/studies/{made.id}/export?format={kind}").status_code == 200
+    typed = text.replace("\n", "").replace("\r", "")  # as a browser's field has it
+    for confirm, status in (("another", 422), (typed, 303)):
+        gone = client.post(f"/studies/{made.id}/delete", data={"confirm": confirm}, follow_redirects=False)
+        assert gone.status_code == status
 
 
 @pytest.mark.parametrize(
