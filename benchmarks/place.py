@@ -149,11 +149,15 @@ class Place:
                 process.wait()
             if process.stdout is not None:
                 process.stdout.close()
-            trouble = [
-                line for line in (home / "log").read_text().splitlines() if " ERROR" in line or "Traceback" in line
-            ]
-            if trouble:
-                say.print(f"[yellow]the server's log has {len(trouble)} errors, the first: {trouble[0][:200]}[/]")
+            _complain((home / "log").read_text())
+
+
+def _complain(log: str) -> None:
+    """Say what an API process complained of: its folder does not last."""
+    count, first = log.count(" ERROR "), log.find(" ERROR ")
+    if count:
+        say.print(f"[yellow]the server's log has {count} errors, the first:[/]")
+        say.print(log[first : first + 8000], markup=False)
 
 
 def coordinator(engine: sa.Engine) -> Coordinator:

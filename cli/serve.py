@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -60,11 +61,19 @@ def serve(
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):  # also while the database starts: leave through the finally blocks
         signal.signal(number, lambda *_: _leave(stopping))
+    _many_files()
     listener = listen(chosen.host, chosen.port)
     if not chosen.database_url:
         _refuse_second(chosen.home_dir)
     with listener, store.open_store(chosen, migrate=migrate) as engine:
         _serve(chosen, engine, listener, json_line=json_line, stopping=stopping)
+
+
+def _many_files() -> None:
+    """Allow as many open files as the system does: a thousand workers are as many connections."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # some systems say "unlimited" and mean less
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _refuse_second(home: Path) -> None:

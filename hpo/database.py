@@ -100,7 +100,9 @@ def _try(connection: Any, record: Any, _proxy: Any) -> None:
     if rested_at is None or connection is None or connection.closed:
         return
     try:
-        if select.select([connection], [], [], 0)[0]:
+        waiting = select.poll()  # select() itself takes no descriptor above 1,023, and every worker has one open here
+        waiting.register(connection, select.POLLIN)
+        if waiting.poll(0):
             raise InvalidatePoolError("the server has closed the connection")
         if time.monotonic() - rested_at > RESTED_S:
             before, connection.autocommit = connection.autocommit, True

@@ -130,8 +130,10 @@ class Listener:
 
     def _listen(self, connection: Any) -> None:
         while not self._stopping.is_set():
-            readable, _, _ = select.select([connection, self._wake], [], [], _PROBE_S)
-            if not readable:
+            waiting = select.poll()  # select() itself takes no descriptor above 1,023
+            for source in (connection, self._wake):
+                waiting.register(source, select.POLLIN)
+            if not waiting.poll(1000 * _PROBE_S):
                 with connection.cursor() as cursor:
                     cursor.execute("SELECT 1")
             connection.poll()
