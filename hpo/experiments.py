@@ -175,12 +175,17 @@ def of(known: Known) -> Experiment:
             next(name for name in names if name not in taken),
             str(given.get("units", "Reals")),
             None,
-            float(given.get("min", -100.0)),
-            float(given.get("max", 100.0)),
+            _number(given.get("min"), -100.0),
+            _number(given.get("max"), 100.0),
         )
     )
     hidden = tuple(parameter.name for parameter in spec.space.parameters if len(parameter.flat_names) > MAX_SIZE)
     return Experiment(known.study, 1.0 if spec.direction == "maximize" else -1.0, spec.space, tuple(settings), hidden)
+
+
+def _number(value: object, default: float) -> float:
+    """A study that did not come by the protocol may have anything among its settings."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else default
 
 
 def listing(conn: sa.Connection, *, study: int | None, offset: int, limit: int) -> tuple[int, list[dict[str, Any]]]:

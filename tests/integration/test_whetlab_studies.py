@@ -77,6 +77,14 @@ def test_the_outcome_of_a_study_has_a_name_that_no_parameter_has(client: TestCli
     assert launched(client, space=space).outcome == "outcome 2"
 
 
+@pytest.mark.parametrize(
+    "ours", [5, [], {"outcome": 5, "units": 5}, {"outcome": {"name": "", "min": "low", "units": {}}}]
+)
+def test_settings_that_only_look_like_an_experiments_do_no_harm(client: TestClient, ours: Any) -> None:
+    script = launched(client, settings={"whetlab": ours})
+    assert (script.outcome, script.settings["value"]["min"]) == ("value", -100.0)
+
+
 def test_every_state_shows_as_the_protocol_has_it(client: TestClient) -> None:
     script = launched(client, pruner="none")
     complete, infeasible, failed = (
