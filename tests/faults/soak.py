@@ -56,7 +56,13 @@ def shard(seed: int, numbers: list[int], urls: list[str], folder: str, shrinks: 
     logging.disable(logging.CRITICAL)
     began = time.monotonic()
 
+    said = 0
+
     def progress(tally: Tally) -> None:
+        nonlocal said
+        for broken in tally.broken[said:]:
+            print(f"seed {seed}: {str(broken).splitlines()[0]}", flush=True)
+        said = len(tally.broken)
         if tally.played % 25 == 0:
             print(f"{tally.played} of {len(numbers)} after {time.monotonic() - began:.0f} s", flush=True)
 
