@@ -78,7 +78,10 @@ def _short(what: Any) -> str:
 
 @dataclass
 class Client:
-    """A worker or a person with a program. `held` are leases it means to end, `past` those it has ended or lost."""
+    """A worker or a person with a program.
+
+    `held` are leases it means to end, `past` those it has ended or lost, `given` the ids of all it was ever given.
+    """
 
     name: str
     principal: Principal
@@ -86,6 +89,7 @@ class Client:
     """Of this schedule: in the keys, so that no two schedules on one database share any."""
     held: list[Lease] = field(default_factory=list)
     past: list[Lease] = field(default_factory=list)
+    given: set[int] = field(default_factory=set)
     unanswered: list[Call] = field(default_factory=list)
     epochs: dict[int, int] = field(default_factory=dict)
     keys: int = 0

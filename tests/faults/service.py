@@ -114,7 +114,7 @@ class Service:
     def start_api(self) -> None:
         self.api = self.start("serve", "--port", str(self.port), log="api")
         with Client(self.url, ADMIN, patience_s=0.0) as client:
-            self.until(lambda: answers(client), 60, "the API does not answer")
+            self.until(lambda: answers(client), 150, "the API does not answer")
 
     def kill_api(self) -> None:
         assert self.api is not None
