@@ -79,7 +79,7 @@ def shard(seed: int, numbers: list[int], urls: list[str], folder: str, shrinks: 
 
 def play_schedules(seed: int, numbers: list[int], server: str, folder: Path) -> Tally:
     """Play schedules in a few processes, a few at a time in each."""
-    urls = databases(server, PROCESSES * AT_ONCE)
+    urls = databases(server, min(PROCESSES * AT_ONCE, max(PROCESSES, len(numbers))))
     tally = Tally()
     with ProcessPoolExecutor(PROCESSES, mp_context=multiprocessing.get_context("spawn")) as pool:
         shards = [
@@ -99,6 +99,7 @@ def main() -> int:
     parser.add_argument("--schedules", type=int, default=1000)
     parser.add_argument("--only", type=int, help="play this one schedule of the seed, and shrink it")
     parser.add_argument("--outages", default=",".join(f"{seconds:g}" for seconds in OUTAGES_S), help="seconds, or none")
+    parser.add_argument("--server", help="address of a PostgreSQL where databases may be made; they are left there")
     given = parser.parse_args()
     print(f"seed {given.seed}", flush=True)
     numbers = list(range(given.schedules)) if given.only is None else [given.only]
@@ -111,7 +112,9 @@ def main() -> int:
         began = time.monotonic()
         tally = Tally()
         fast = {"fsync": "off", "full_page_writes": "off", "synchronous_commit": "off", "max_connections": "200"}
-        if numbers:
+        if numbers and given.server:
+            tally = play_schedules(given.seed, numbers, given.server, Path(folder))
+        elif numbers:
             with EmbeddedPostgres(Path(folder) / "postgres", settings=fast) as server:
                 tally = play_schedules(given.seed, numbers, server.url, Path(folder))
         for broken in tally.broken:

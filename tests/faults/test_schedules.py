@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,3 +32,14 @@ def test_random_schedules_keep_every_promise(part: int, urls: list[str], tmp_pat
     tally = play_all(schedules, urls, tmp_path, term_s=0.5)
     assert not tally.broken, tally.broken[0]
     assert tally.played == len(schedules)
+
+
+def test_the_long_proof_takes_a_seed_and_says_it_first_and_last(postgres_server: str) -> None:
+    given = ["--seed", "3", "--schedules", "2", "--outages", "none", "--server", postgres_server]
+    command = [sys.executable, "-m", "tests.faults.soak", *given]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    said = done.stdout.splitlines()
+    assert said[0] == "seed 3"
+    assert said[-1] == "seed 3: every promise was kept"
+    assert "2 schedules" in said[-2]
