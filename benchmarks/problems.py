@@ -111,19 +111,16 @@ def diverging() -> Problem:
 
 
 def trainings() -> Problem:
-    """Recorded trainings of the small network: a forest's mean and chance to fail, with the noise between seeds."""
+    """Recorded trainings of the small network: a forest's mean, with the noise between seeds."""
     recorded = read()
     rows = _rows([one.params for one in recorded])
     value = forest.fit(rows, _values(recorded), columns=COLUMNS)
-    fails = forest.fit(rows, np.array([float(one.outcome == "infeasible") for one in recorded]), columns=COLUMNS)
     deviation = noise(recorded)
 
     def evaluate(point: Point, rng: np.random.Generator) -> Told:
         given = _rows(
             [{name: point[f"{name[: -len(g) - 1]}[{g}]"] for name, g in zip(DIMENSIONS, _CYCLE, strict=True)}]
         )
-        if float(fails.predict(given)[0]) > 0.5:
-            return Told(CHANCE, CHANCE, feasible=False)
         truth = float(value.predict(given)[0])
         return Told(truth + deviation * float(rng.standard_normal()), truth)
 

@@ -4,6 +4,7 @@
 pick changes only when a count that grows passes a threshold, so that a study never flips back and forth. The rules rest
 on benchmarks/search.py: in many dimensions a random start lies in the corners, where a Gaussian process learns little;
 CMA-ES begins around the middle and soon finds where it is worth looking; from there the process is by far the quicker.
+With a handful of noisy dimensions neither is a match for TPE.
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ from hpo.document import SAMPLERS
 from hpo.history import Entry, Snapshot
 from hpo.spec import Choice, StudySpec
 
+FEW_NUMBERS, MANY_NUMBERS = 4, 10
+"""Numbers to vary: below the first a Gaussian process sees the whole space, from the second on CMA-ES looks first."""
+TPE_START = 6
+"""Random points before TPE where numbers are neither few nor many; with trials in parallel its own 10 become 17."""
 START_TRIALS = 20
 """Trials that CMA-ES begins with; as many told as make a Gaussian process worth its while."""
 START_FEASIBLE = 5
 """Of them feasible: a process that has seen nothing but failures knows only where not to go."""
 START_LONGEST = 60
-START_DIMENSIONS = 4
-"""Numbers to vary, below which points drawn at random cover a space well enough."""
 GP_TRIALS = 400
 """Trials after which a Gaussian process, which looks at no more of them, has nothing left that others lack."""
 GP_DIMENSIONS = 40
@@ -47,7 +50,10 @@ def pick(spec: StudySpec, snapshot: Snapshot) -> Pick:
     numbers = sum(not isinstance(distribution, CategoricalDistribution) for distribution in varying)
     if not numbers:
         return _pick("tpe", "all parameters are choices, which TPE weighs one by one")
-    only_numbers = numbers == len(varying) and numbers >= START_DIMENSIONS
+    if FEW_NUMBERS <= numbers < MANY_NUMBERS:
+        why = f"in {_dimensions(len(varying))} TPE is steadier than others where values are noisy"
+        return _pick("tpe", why, n_startup_trials=TPE_START)
+    only_numbers = numbers == len(varying) and numbers >= MANY_NUMBERS
     if not _has_torch():
         return _without_gp(only_numbers, "this server lacks torch, which a Gaussian process is fitted with")
     if len(varying) > GP_DIMENSIONS:
@@ -55,20 +61,15 @@ def pick(spec: StudySpec, snapshot: Snapshot) -> Pick:
     told, feasible = _counts(snapshot.entries)
     if told >= GP_TRIALS:
         return _pick("tpe", f"after {GP_TRIALS} trials TPE, which learns from all of them, is quick and as good")
-    if numbers < START_DIMENSIONS:
+    if numbers < FEW_NUMBERS:
         return _pick("gp", f"a Gaussian process makes the most of few trials, and {_dimensions(len(varying))} few")
     if told < START_TRIALS:
-        why = (
-            f"CMA-ES looks around the middle of the space first; a Gaussian process follows after {START_TRIALS} trials"
-        )
+        why = f"CMA-ES looks around the middle of the space; a Gaussian process follows after {START_TRIALS} trials"
         return _pick("cmaes", why)
     if feasible < START_FEASIBLE and told < START_LONGEST:
-        return _pick(
-            "cmaes", f"a Gaussian process waits until {START_FEASIBLE} trials were feasible; CMA-ES looks for them"
-        )
-    return _pick(
-        "gp", f"a Gaussian process makes the most of the trials that there are, in {_dimensions(len(varying))}"
-    )
+        why = f"CMA-ES looks for points that are feasible; a Gaussian process follows when there are {START_FEASIBLE}"
+        return _pick("cmaes", why)
+    return _pick("gp", f"a Gaussian process makes the most of the trials there are, in {_dimensions(len(varying))}")
 
 
 def _without_gp(only_numbers: bool, why: str) -> Pick:

@@ -49,16 +49,16 @@ def test_many_numbers_begin_with_cmaes_and_go_on_with_a_gaussian_process() -> No
 
 @needs_torch
 def test_a_gaussian_process_waits_for_points_that_were_feasible_but_not_for_ever() -> None:
-    study = Counted(numbers(6)).told(auto.START_TRIALS, feasible=False)
+    study = Counted(numbers(12)).told(auto.START_TRIALS, feasible=False)
     assert study.name == "cmaes"
     assert study.told(auto.START_FEASIBLE).name == "gp"
-    assert Counted(numbers(6)).told(auto.START_LONGEST, feasible=False).name == "gp"
+    assert Counted(numbers(12)).told(auto.START_LONGEST, feasible=False).name == "gp"
 
 
 @needs_torch
 def test_what_is_seen_changes_a_pick_only_forward() -> None:
     order = {"cmaes": 0, "gp": 1, "tpe": 2}
-    study, stages = Counted(numbers(5)), []
+    study, stages = Counted(numbers(10)), []
     for number in range(auto.GP_TRIALS + 5):
         study.told(1, feasible=number % 3 == 0)
         if number < 80 or number > auto.GP_TRIALS - 5:
@@ -69,7 +69,7 @@ def test_what_is_seen_changes_a_pick_only_forward() -> None:
 
 @needs_torch
 def test_trials_that_failed_or_still_run_teach_nothing() -> None:
-    study = Counted(numbers(6)).told(auto.START_TRIALS - 1)
+    study = Counted(numbers(12)).told(auto.START_TRIALS - 1)
     study.add(study.ask(), TrialState.FAIL)
     study.add(study.ask(), TrialState.RUNNING)
     assert study.name == "cmaes"
@@ -84,9 +84,11 @@ def test_trials_that_failed_or_still_run_teach_nothing() -> None:
         ([CHOICE], "tpe"),
         (numbers(2), "gp"),
         ([*numbers(1), CHOICE], "gp"),
-        ([*numbers(5), CHOICE], "cmaes"),
+        (numbers(4), "tpe"),
+        (numbers(9), "tpe"),
+        ([*numbers(10), CHOICE], "cmaes"),
         (numbers(41), "cmaes"),
-        ([*numbers(41), CHOICE], "tpe"),
+        ([*numbers(40), CHOICE], "tpe"),
         ([{**numbers(1)[0], "high": 0}], "tpe"),
     ],
 )
@@ -95,13 +97,13 @@ def test_the_space_alone_decides_how_a_study_begins(space: list[dict[str, Any]],
 
 
 def test_a_tied_vector_counts_as_the_dimensions_that_vary() -> None:
-    tied = [{**numbers(1)[0], "labels": [f"l{place}" for place in range(6)], "tied": True}]
+    tied = [{**numbers(1)[0], "labels": [f"l{place}" for place in range(12)], "tied": True}]
     untied = [{**tied[0], "tied": False}]
     assert Counted(untied).name == "cmaes"
     assert Counted(tied).name != "cmaes"
 
 
-@pytest.mark.parametrize("space", [numbers(2), numbers(6), numbers(50), [*numbers(6), CHOICE], [CHOICE]])
+@pytest.mark.parametrize("space", [numbers(2), numbers(6), numbers(12), numbers(50), [*numbers(12), CHOICE], [CHOICE]])
 @pytest.mark.parametrize("told", [0, 25, 400])
 @pytest.mark.parametrize("torch", [True, False])
 def test_a_pick_can_be_sampled_here_and_its_reason_is_a_sentence(
@@ -125,7 +127,7 @@ def test_a_pick_can_be_sampled_here_and_its_reason_is_a_sentence(
 
 @needs_torch
 def test_a_study_asks_the_sampler_that_was_picked() -> None:
-    study = Study(spec_of("auto", numbers(6)))
+    study = Study(spec_of("auto", numbers(12)))
     first = study.ask()
     assert first.pick is not None
     assert first.pick.choice.name == "cmaes"
@@ -134,6 +136,6 @@ def test_a_study_asks_the_sampler_that_was_picked() -> None:
     later = study.ask()
     assert later.pick is not None
     assert later.pick.choice.name == "gp"
-    plain = Study(spec_of("gp", numbers(6)))
+    plain = Study(spec_of("gp", numbers(12)))
     plain.entries = study.entries
     assert plain.ask().params == later.params

@@ -73,6 +73,7 @@ def test_nine_tenths_of_the_diverging_space_diverge_and_are_told_so_at_chance() 
 
 def test_what_is_recorded_are_the_points_of_the_sequence_in_their_ranges() -> None:
     recorded = trainings.read()
+    assert len(recorded) >= 300
     assert len({(one.point, one.seed) for one in recorded}) == len(recorded)
     points = trainings.points(max(one.point for one in recorded) + 1)
     assert all(one.params == points[one.point] for one in recorded)
@@ -221,7 +222,7 @@ def test_a_run_writes_its_figures_with_their_goals_and_a_second_one_makes_no_sea
     document = json.loads(file.read_text())
     assert [(each["name"], each["goal"]) for each in document["figures"]] == [("trials_to_random_100", "<= 35")]
     assert document["quick"] is True
-    assert document["details"]["picks"]["trainings 0"]["cmaes"] == 12
+    assert document["details"]["picks"]["trainings 0"]["tpe"] == 12
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=True)
     assert "searches to make" in done.stderr
     assert "searches to make" not in again.stderr
