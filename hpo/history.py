@@ -3,8 +3,7 @@
 One call of `whetstone.changes` tells a history all that it does not know: new trials, those that run or wait no more,
 those that `whetstone.revisions` names. Invariants: a finished trial is read once, and again only when a revision names
 it; after `refresh` the history holds one committed state of the database, at least as new as the call; what it has
-given out (`Snapshot`, `Entry`) never changes. Nothing here costs more than the change, but for one copy of a list where
-something has changed since the last snapshot.
+given out (`Snapshot`, `Entry`) never changes. Nothing here costs more than the change: snapshots share what they can.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from sqlalchemy import Engine
 from hpo import database
 from hpo.errors import NotFound
 from hpo.records import Record, records
-from hpo.snapshot import CANCELLED, CONSTRAINT, Entry, Snapshot, copy_of, entry_of
+from hpo.snapshot import CANCELLED, CONSTRAINT, STRETCH, Entries, Entry, Snapshot, copy_of, entry_of
 from hpo.space import SearchSpace
 from hpo.view import View
 
@@ -92,6 +91,8 @@ class History:
         self._waiting: set[int] = set()
         self._space: SearchSpace | None = None
         self._snapshot: Snapshot | None = None
+        self._shared = Entries()  # of the last snapshot
+        self._touched: set[int] = set()  # its stretches that are no more as they were
 
     def cursor(self) -> Cursor:
         """What to ask `whetstone.changes` for."""
@@ -152,9 +153,10 @@ class History:
                 for entry in self._entries:
                     self._follow(entry)
                 self._move(self._cursor.newest, self._cursor.revision)
-                self._snapshot = None
+                self._snapshot, self._shared = None, Entries()
             if self._snapshot is None:
-                self._snapshot = Snapshot(self._name, self._direction, tuple(self._entries), dict(self._attributes))
+                self._shared, self._touched = self._shared.renewed(self._entries, self._touched), set()
+                self._snapshot = Snapshot(self._name, self._direction, self._shared, dict(self._attributes))
             return self._snapshot
 
     def _move(self, newest: int, revision: int) -> None:
@@ -175,11 +177,13 @@ class History:
         if place is not None:
             self._entries[place] = entry
         elif not self._entries or self._entries[-1].number < entry.number:
-            self._places[entry.trial_id] = len(self._entries)
+            place = self._places[entry.trial_id] = len(self._entries)
             self._entries.append(entry)
         else:  # only where numbers do not follow ids
             insort(self._entries, entry, key=lambda each: each.number)
             self._places = {each.trial_id: place for place, each in enumerate(self._entries)}
+            place, self._shared = self._places[entry.trial_id], Entries()
+        self._touched.add(place // STRETCH)
         self._follow(entry)
         self._changed()
 

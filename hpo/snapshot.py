@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from itertools import chain, islice
+from typing import Any, overload
 
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
@@ -21,7 +22,8 @@ from hpo.space import SearchSpace
 
 CONSTRAINT = "constraints:infeasible"
 CANCELLED = "whetstone:cancelled"
-_STRETCH = 256
+STRETCH = 256
+"""So many entries are copied where one of them has changed."""
 
 
 class Entry:
@@ -123,17 +125,66 @@ class Entry:
         return None if text is None else json.loads(text)
 
 
+class Entries(Sequence[Entry]):
+    """The entries of a study, in stretches: those that have not changed are shared with what it was made from."""
+
+    def __init__(self, stretches: Sequence[tuple[Entry, ...]] = ()) -> None:
+        self.stretches = stretches
+        self._length = (len(stretches) - 1) * STRETCH + len(stretches[-1]) if stretches else 0
+
+    def renewed(self, entries: Sequence[Entry], touched: Set[int]) -> Entries:
+        """Return `entries`, which differ from these in the `touched` stretches at most."""
+        known = len(self.stretches)
+        return Entries(
+            [
+                self.stretches[number]
+                if number < known and number not in touched
+                else tuple(entries[start : start + STRETCH])
+                for number, start in enumerate(range(0, len(entries), STRETCH))
+            ]
+        )
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Entry]:
+        return chain.from_iterable(self.stretches)
+
+    @overload
+    def __getitem__(self, place: int) -> Entry: ...
+    @overload
+    def __getitem__(self, place: slice) -> tuple[Entry, ...]: ...
+    def __getitem__(self, place: int | slice) -> Entry | tuple[Entry, ...]:
+        if isinstance(place, slice):
+            start, stop, step = place.indices(self._length)
+            if step != 1:
+                return tuple(self)[place]
+            first = start // STRETCH
+            near = chain.from_iterable(self.stretches[first : stop // STRETCH + 1])
+            return tuple(islice(near, start - first * STRETCH, max(start, stop) - first * STRETCH))
+        if not -self._length <= place < self._length:
+            raise IndexError(place)
+        number, at = divmod(place % self._length, STRETCH)
+        return self.stretches[number][at]
+
+
 def changed(old: Sequence[Entry], new: Sequence[Entry]) -> list[int]:
-    """Return the places in `new` at which another entry stands than in `old`; it costs about what a copy costs."""
+    """Return the places in `new` at which another entry stands than in `old`: of what they share, nothing is read."""
     shared = min(len(old), len(new))
     places = []
-    for start in range(0, shared, _STRETCH):
-        ours, theirs = old[start : start + _STRETCH], new[start : start + _STRETCH]
-        if ours != theirs:  # entries have no equality but identity
+    for start in range(0, shared, STRETCH):
+        ours, theirs = _stretch(old, start), _stretch(new, start)
+        if ours is not theirs and ours != theirs:  # entries have no equality but identity
             places += [
                 start + place for place, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] is not pair[1]
             ]
     return [*places, *range(shared, len(new))]
+
+
+def _stretch(entries: Sequence[Entry], start: int) -> Sequence[Entry]:
+    if isinstance(entries, Entries):
+        return entries.stretches[start // STRETCH]
+    return entries[start : start + STRETCH]
 
 
 def entry_of(trial: FrozenTrial) -> Entry:

@@ -45,9 +45,9 @@ class Table:
         self._dimensions = [(space.names.index(name), each) for name, each in space.reduced.items()]
         self._column = {name: place for place, name in enumerate(self._names)}
         self._entries: Sequence[Entry] = ()
-        self._internal = np.empty((0, len(self._names)))
+        self._internal = np.empty((len(self._names), 0))
         # number, kind, value, and of a pruned trial: minus the step of its last report, and that report
-        self._facts = np.empty((0, 5))
+        self._facts = np.empty((5, 0))
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -56,38 +56,41 @@ class Table:
         """Hold the table against a study's trials, in order of their numbers."""
         if entries is self._entries:
             return
-        if len(entries) > len(self._facts):
-            more = max(1_000, len(entries)) + len(entries) - len(self._facts)
-            self._internal = np.concatenate([self._internal, np.zeros((more, len(self._names)))])
-            self._facts = np.concatenate([self._facts, np.zeros((more, 5))])
+        room = self._facts.shape[1]
+        if len(entries) > room:
+            more = max(1_000, len(entries)) + len(entries) - room
+            self._internal = np.concatenate([self._internal, np.zeros((len(self._names), more))], axis=1)
+            self._facts = np.concatenate([self._facts, np.zeros((5, more))], axis=1)
         for place in changed(self._entries, entries):
             entry = entries[place]
             kind = _kind(entry)
-            self._facts[place] = entry.number, kind, *_scores(entry, kind)
+            self._facts[:, place] = entry.number, kind, *_scores(entry, kind)
             if (key := entry.key) is not None:
-                self._internal[place] = [each.to_internal_repr(key[component]) for component, each in self._dimensions]
+                self._internal[:, place] = [
+                    each.to_internal_repr(key[component]) for component, each in self._dimensions
+                ]
         self._entries = entries
 
     @property
     def numbers(self) -> NDArray[np.float64]:
-        return self._facts[: len(self), 0]
+        return self._facts[0, : len(self)]
 
     @property
     def kinds(self) -> NDArray[np.float64]:
-        return self._facts[: len(self), 1]
+        return self._facts[1, : len(self)]
 
     @property
     def values(self) -> NDArray[np.float64]:
-        return self._facts[: len(self), 2]
+        return self._facts[2, : len(self)]
 
     @property
     def last_steps(self) -> NDArray[np.float64]:
         """Minus the step of a pruned trial's last report; 1 where it has none, so that these come last."""
-        return self._facts[: len(self), 3]
+        return self._facts[3, : len(self)]
 
     @property
     def last_reports(self) -> NDArray[np.float64]:
-        return self._facts[: len(self), 4]
+        return self._facts[4, : len(self)]
 
     def finished(self, but: int = -1) -> int:
         """Number of complete, infeasible and pruned trials, the one numbered `but` left out."""
@@ -95,7 +98,7 @@ class Table:
 
     def internal(self, rows: Rows, name: str) -> NDArray[np.float64]:
         """One dimension of some trials, as Optuna counts it."""
-        observed: NDArray[np.float64] = self._internal[rows, self._column[name]]
+        observed: NDArray[np.float64] = self._internal[self._column[name], rows]
         return observed
 
 

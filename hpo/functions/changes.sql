@@ -110,6 +110,8 @@ DECLARE
     revised integer[];
     latest bigint;
     ids integer[];
+    next integer;
+    last integer;
 BEGIN
     SELECT s.study_name, d.direction::text INTO name, direction
     FROM public.studies s JOIN public.study_directions d ON d.study_id = s.study_id AND d.objective = 0
@@ -121,10 +123,11 @@ BEGIN
     FROM public.study_system_attributes a WHERE a.study_id = study;
     SELECT max(r.revision_id), array_agg(r.trial_id) INTO latest, revised
     FROM whetstone.revisions r WHERE r.study_id = study AND r.revision_id > revision;
+    -- Between two bounds: with one of them the planner expects a third of the study, and reads all of it.
+    SELECT coalesce((SELECT t.number + 1 FROM public.trials t WHERE t.trial_id = newest), 0), max(t.number)
+    INTO next, last FROM public.trials t WHERE t.study_id = study;
     SELECT array_agg(changed.id ORDER BY changed.id) INTO ids FROM (
-        SELECT t.trial_id AS id FROM public.trials t
-        WHERE t.study_id = study
-          AND t.number > coalesce((SELECT n.number FROM public.trials n WHERE n.trial_id = newest), -1)
+        SELECT t.trial_id AS id FROM public.trials t WHERE t.study_id = study AND t.number BETWEEN next AND last
         UNION
         SELECT t.trial_id FROM unnest(running) AS r (id) JOIN public.trials t ON t.trial_id = r.id
         WHERE t.state <> 'RUNNING'

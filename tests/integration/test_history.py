@@ -16,7 +16,8 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy import Engine
 
-from hpo import database, rows
+from hpo import database, rows, snapshot
+from hpo import history as history_module
 from hpo.errors import NotFound
 from hpo.history import CHANGES, History
 from hpo.spec import StudySpec, parse
@@ -288,6 +289,25 @@ def test_a_snapshot_that_nothing_has_changed_is_the_same_one(engine: Engine, sto
     history.refresh()
     assert history.snapshot(spec.space).attributes["place"] == 7
     assert "place" not in later.attributes
+
+
+def test_a_snapshot_has_each_change_wherever_it_stands_and_earlier_ones_have_none(
+    engine: Engine, stock: optuna.Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (history_module, snapshot):
+        monkeypatch.setattr(module, "STRETCH", 4)
+    history, spec = History(engine, stock._study_id), spec_of()
+    given = []
+    for turn in range(11):
+        stock.add_trial(trial_of(TrialState.WAITING) if turn % 3 else trial_of(TrialState.COMPLETE, 0.5))
+        if turn % 3 == 2:
+            stock.ask()  # takes the first that waits
+        history.refresh()
+        made = history.snapshot(spec.space)
+        assert list(made.entries) == history.entries()
+        given.append((made.entries, [entry.state for entry in made.entries]))
+    for entries, states in given:
+        assert [entry.state for entry in entries] == states
 
 
 def test_threads_may_refresh_while_others_write(engine: Engine, stock: optuna.Study) -> None:

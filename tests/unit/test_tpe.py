@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 from hpo import tpe
 from hpo.history import CONSTRAINT, Entry, Snapshot
 from hpo.samplers import Session, derive
-from hpo.snapshot import changed
+from hpo.snapshot import STRETCH, Entries, changed
 from hpo.spec import StudySpec
 from hpo.suggest import stored
 from tests.unit.test_samplers import SPACE, Study, spec_of
@@ -144,3 +144,25 @@ def test_what_changed_is_found_wherever_it_stands() -> None:
     assert changed(entries[:600], entries) == list(range(600, 700))
     assert changed(entries, entries[:600]) == []
     assert changed((), entries[:3]) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("length", [0, 1, 255, 256, 257, 700])
+def test_entries_that_share_what_has_not_changed_are_the_list_they_were_made_from(length: int) -> None:
+    plain = played(spec_of("random", FLOATS), 700).entries
+    other = played(spec_of("random", FLOATS), 700).entries
+    shared = Entries().renewed(plain[:length], set())
+    assert list(shared) == plain[:length]
+    assert len(shared) == length
+    assert changed((), shared) == list(range(length))
+    for cut in (slice(None), slice(3, 300), slice(-300, None), slice(400, 2), slice(256, 512), slice(None, None, -7)):
+        assert shared[cut] == tuple(plain[:length][cut])
+    for place in (-length - 1, length):
+        with pytest.raises(IndexError):
+            shared[place]
+    mixed = [other[place] if place in (0, 255, 256, 699) else entry for place, entry in enumerate(plain)]
+    later = shared.renewed(mixed, {0, 1, 2, length // STRETCH})
+    assert list(later) == mixed
+    assert later[-1] is mixed[699]
+    assert changed(shared, later) == [*(place for place in (0, 255, 256, 699) if place < length), *range(length, 700)]
+    assert changed(plain[:length], later) == changed(shared, later)
+    assert changed(later, shared) == [place for place in (0, 255, 256, 699) if place < length]
