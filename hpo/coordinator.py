@@ -274,7 +274,7 @@ class Coordinator:
             states: dict[int, str] = {row.study_id: row.state for row in conn.execute(STUDIES_BY_STATE)}
             live = conn.execute(LEASES).scalar_one()
             counts = dict.fromkeys(TRIAL_STATES, 0)
-            for row in conn.execute(statements.COUNTS, {"studies": list(states)}):
+            for row in conn.execute(statements.COUNTS, {"studies": list(states), "few": statements.LOOKED_UP}):
                 counts[row.state] += row.trials
         workers = dict.fromkeys(("idle", "busy", "draining", "silent", "stopped"), 0)
         for worker in fleet.listing(self._desk):

@@ -114,6 +114,15 @@ class Desk:
         check_format(study, stored.format)
         return found or self._learn(study, stored.spec)
 
+    def of_row(self, row: sa.Row[Any]) -> Known:
+        """Return what is known of the study of a row of `statements.STUDY`, which was just read.
+
+        Raises:
+            NewerFormat: a newer Whetstone has written its history.
+        """
+        check_format(row.study_id, row.format)
+        return self._known.get(row.study_id) or self._learn(row.study_id, row.spec)
+
     def recall(self, study: int) -> Known:
         """Return what is known of a study, without looking for its row where it is known already: for callers whose
         next statement finds out that it was deleted.

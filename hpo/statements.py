@@ -12,7 +12,11 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 WINDOW = 400
-"""So many values of all studies are looked through for the best of one, before all of its own are sorted."""
+"""So many values of all studies are looked through for the best of one, before all of its own are sorted;"""
+WIDE = 1_500
+"""and so many for a page of trials: those that diverged often share their value, and ties come all or not at all."""
+LOOKED_UP = 3_000
+"""The marks of so many trials are looked up one by one; where there are more, all trials are read beside them."""
 
 # Lock a study for numbering, counting and changing its state.
 LOCK_STUDY = sa.text("SELECT study_id FROM public.studies WHERE study_id = :study FOR NO KEY UPDATE")
@@ -105,7 +109,7 @@ def trials_by_number(state: str | None) -> sa.TextClause:
     """)
 
 
-def _by_value(state: str | None, *, descending: bool, cursor: bool, study: str = ":study") -> str:
+def _by_value(state: str | None, *, descending: bool, cursor: bool, window: int, study: str = ":study") -> str:
     """The trials that have a finite value, best (or smallest) first.
 
     The index on values knows no studies. `near` looks through the first few hundred values of all studies and nearly
@@ -122,12 +126,12 @@ def _by_value(state: str | None, *, descending: bool, cursor: bool, study: str =
     return f"""
         WITH edge AS (
             SELECT v.value FROM public.trial_values v WHERE {finite} AND {onward}
-            ORDER BY v.value {order} OFFSET {WINDOW} LIMIT 1
+            ORDER BY v.value {order} OFFSET {window} LIMIT 1
         ), near AS MATERIALIZED (
             SELECT t.trial_id, t.number, v.value FROM (
                 SELECT v.trial_id, v.value FROM public.trial_values v
                 WHERE {finite} AND {onward} AND v.value {within} coalesce((SELECT value FROM edge), '{least}')
-                ORDER BY v.value {order} LIMIT {WINDOW}
+                ORDER BY v.value {order} LIMIT {window}
             ) v CROSS JOIN LATERAL (SELECT * FROM public.trials WHERE trial_id = v.trial_id LIMIT 1) t
             WHERE t.study_id = {study} AND {STATE_FILTER[state]} AND {beyond}
             ORDER BY v.value {order}, t.number LIMIT :limit
@@ -149,7 +153,9 @@ def _by_value(state: str | None, *, descending: bool, cursor: bool, study: str =
 def trials_by_value(state: str | None, *, descending: bool, cursor: bool) -> sa.TextClause:
     """One page of the trials that have a finite value, in its order; with `cursor` from after (`:value`, `:number`)."""
     order = "DESC" if descending else "ASC"
-    return sa.text(f"{_by_value(state, descending=descending, cursor=cursor)} ORDER BY value {order}, number")
+    return sa.text(
+        f"{_by_value(state, descending=descending, cursor=cursor, window=WIDE)} ORDER BY value {order}, number"
+    )
 
 
 def trials_without_value(state: str | None) -> sa.TextClause:
@@ -175,7 +181,7 @@ def best_trials(direction: str) -> sa.TextClause:
 
 def best_of_each(direction: str) -> sa.TextClause:
     """The best feasible trial of each of several studies of one direction, where it has one."""
-    best = _by_value("complete", descending=direction == "maximize", cursor=False, study="s.study_id")
+    best = _by_value("complete", descending=direction == "maximize", cursor=False, window=WINDOW, study="s.study_id")
     return sa.text(f"""
         SELECT s.study_id, b.trial_id FROM unnest(CAST(:studies AS integer[])) AS s (study_id)
         CROSS JOIN LATERAL ({best}) AS b
@@ -225,30 +231,37 @@ STUDIES = sa.text(f"""
     ORDER BY (o.study_name IS NOT DISTINCT FROM :name) DESC, s.study_id DESC LIMIT :limit
 """)
 
-# Trials by study and state: counted from an index, of which the marked are taken away, counted from theirs.
+# Trials by study and state: counted from an index, of which the marked are taken away, found by their marks. These know
+# no studies: the trials of few are looked up, those of many are found by reading all.
 COUNTS = sa.text("""
-    WITH marked AS MATERIALIZED (
-        SELECT t.study_id, t.state, count(*) AS trials
-        FROM public.trial_system_attributes m JOIN public.trials t ON t.trial_id = m.trial_id
+    WITH marks AS MATERIALIZED (
+        SELECT m.trial_id, CAST('COMPLETE' AS public.trialstate) AS state FROM public.trial_system_attributes m
         WHERE m.key = 'constraints:infeasible' AND m.value_json NOT IN ('0', '0.0')
-          AND t.state = 'COMPLETE' AND t.study_id = ANY(CAST(:studies AS integer[]))
+        UNION ALL
+        SELECT m.trial_id, 'FAIL' FROM public.trial_system_attributes m WHERE m.key = 'whetstone:cancelled'
+    ), few AS MATERIALIZED (
+        SELECT count(*) <= :few AS found FROM marks
+    ), marked AS MATERIALIZED (
+        SELECT t.study_id, t.state, count(*) AS trials
+        FROM marks m CROSS JOIN LATERAL (SELECT * FROM public.trials WHERE trial_id = m.trial_id LIMIT 1) t
+        WHERE (SELECT found FROM few) AND t.state = m.state AND t.study_id = ANY(CAST(:studies AS integer[]))
         GROUP BY 1, 2
         UNION ALL
         SELECT t.study_id, t.state, count(*)
-        FROM public.trial_system_attributes m JOIN public.trials t ON t.trial_id = m.trial_id
-        WHERE m.key = 'whetstone:cancelled'
-          AND t.state = 'FAIL' AND t.study_id = ANY(CAST(:studies AS integer[]))
+        FROM marks m JOIN public.trials t ON t.trial_id = m.trial_id AND t.state = m.state
+        WHERE NOT (SELECT found FROM few) AND t.study_id = ANY(CAST(:studies AS integer[]))
         GROUP BY 1, 2
     )
-    SELECT c.study_id,
-           CASE c.state
-               WHEN 'WAITING' THEN 'queued' WHEN 'RUNNING' THEN 'leased' WHEN 'PRUNED' THEN 'pruned'
-               WHEN 'COMPLETE' THEN 'complete' ELSE 'failed'
-           END AS state, c.trials - coalesce(m.trials, 0) AS trials
-    FROM (
-        SELECT t.study_id, t.state, count(*) AS trials FROM public.trials t
-        WHERE t.study_id = ANY(CAST(:studies AS integer[])) GROUP BY 1, 2
-    ) AS c LEFT JOIN marked m ON m.study_id = c.study_id AND m.state = c.state
+    SELECT s.study_id, k.name AS state, c.trials - coalesce(m.trials, 0) AS trials
+    FROM unnest(CAST(:studies AS integer[])) AS s (study_id)
+    CROSS JOIN (VALUES
+        (CAST('WAITING' AS public.trialstate), 'queued'), ('RUNNING', 'leased'), ('PRUNED', 'pruned'),
+        ('COMPLETE', 'complete'), ('FAIL', 'failed')
+    ) AS k (state, name)
+    CROSS JOIN LATERAL (
+        SELECT count(*) AS trials FROM public.trials t WHERE t.study_id = s.study_id AND t.state = k.state
+    ) AS c
+    LEFT JOIN marked m ON m.study_id = s.study_id AND m.state = k.state
     UNION ALL
     SELECT study_id, CASE state WHEN 'COMPLETE' THEN 'infeasible' ELSE 'cancelled' END, trials FROM marked
 """)

@@ -153,7 +153,7 @@ def listing(
     with desk.transaction() as conn:
         rows = conn.execute(statements.STUDIES, asked).all()
         readable = [row for row in rows[:limit] if row.format <= HISTORY_FORMAT]
-        read = {view.study: view for view in _views(conn, [(desk.known(conn, row.study_id), row) for row in readable])}
+        read = {view.study: view for view in _views(conn, [(desk.of_row(row), row) for row in readable])}
         items = [read.get(row.study_id) or _closed(row) for row in rows[:limit]]
     if len(rows) <= limit:
         return Page[StudyView](items=items)
@@ -169,7 +169,11 @@ def get(desk: Desk, study: int) -> StudyView:
         NotFound: there is none with that id.
     """
     with desk.transaction() as conn:
-        return view_of(conn, desk.known(conn, study))
+        row = conn.execute(statements.STUDY, {"study": study}).one_or_none()
+        if row is None:
+            desk.forget(study)
+            raise missing(study)
+        return _views(conn, [(desk.of_row(row), row)])[0]
 
 
 def patch(desk: Desk, study: int, document: object) -> StudyView:
@@ -295,7 +299,7 @@ def _views(conn: sa.Connection, pairs: Sequence[tuple[Known, Any]]) -> list[Stud
     used = used_by(conn, study_ids)
     best = trials.best_of_each(conn, [known for known, _ in pairs])
     counts = {study: dict.fromkeys(TRIAL_STATES, 0) for study in study_ids}
-    for row in conn.execute(statements.COUNTS, {"studies": study_ids}):
+    for row in conn.execute(statements.COUNTS, {"studies": study_ids, "few": statements.LOOKED_UP}):
         counts[row.study_id][row.state] = row.trials
     seeds = seeding.of_studies(conn, [known.study for known, _ in pairs if known.spec.seed_from])
     return [

@@ -67,8 +67,10 @@ def test_pages_hold_every_trial_once_and_in_order(mixed: tuple[Coordinator, int]
     assert pages(desk, number, limit, order="-value", state="complete") == [1, 3, 2, 0]
 
 
-def test_states_are_told_apart(mixed: tuple[Coordinator, int]) -> None:
+@pytest.mark.parametrize("few", [0, 2, statements.LOOKED_UP])
+def test_states_are_told_apart(mixed: tuple[Coordinator, int], monkeypatch: pytest.MonkeyPatch, few: int) -> None:
     desk, number = mixed
+    monkeypatch.setattr(statements, "LOOKED_UP", few)
     found = {state: pages(desk, number, 50, state=state) for state in desk.get_study(number).counts}
     assert found == {
         "queued": [9],
@@ -79,7 +81,10 @@ def test_states_are_told_apart(mixed: tuple[Coordinator, int]) -> None:
         "failed": [6],
         "cancelled": [7],
     }
-    assert desk.get_study(number).counts == {state: len(trials) for state, trials in found.items()}
+    counts = {state: len(trials) for state, trials in found.items()}
+    assert desk.get_study(number).counts == counts
+    other = desk.create_study(study("other")).study
+    assert [each.counts for each in desk.list_studies().items] == [desk.get_study(other).counts, counts]
     reasons = [trial.reason for trial in desk.list_trials(number).items]
     assert reasons == ["", "", "", "", "diverged", "", "boom", "cancelled by a person", "", ""]
 
@@ -156,7 +161,8 @@ def test_values_of_other_studies_stand_in_nobodys_way(
     other = desk.create_study(study("other", workload="external", settings={})).study
     for value in (0.01, 0.05, 0.3, 0.5, 0.5, 0.9, 0.9, 0.95, 7.0, 7.0):
         desk.add_trial(other, {"params": point(0.5), "value": value})
-    monkeypatch.setattr(statements, "WINDOW", window)
+    for name in ("WINDOW", "WIDE"):
+        monkeypatch.setattr(statements, name, window)
     for limit in (1, 2, 4, 50):
         assert pages(desk, number, limit, order="-value") == [1, 3, 2, 0, 5, 4, 6, 7, 8, 9]
         assert pages(desk, number, limit, order="value") == [4, 5, 0, 2, 1, 3, 6, 7, 8, 9]
@@ -214,7 +220,7 @@ def test_a_page_and_the_best_read_few_rows_of_a_long_study(engine: sa.Engine) ->
     desk.list_trials(made.study, limit=10, cursor=opaque("number", None, 9000), state="complete")
     desk.best(made.study)
     assert len(read) == 10, "the page and its rows, five times"
-    assert max(read) < 3 * statements.WINDOW
+    assert max(read) < 2 * statements.WIDE
 
 
 def rows_read(plan: dict[str, Any]) -> float:
