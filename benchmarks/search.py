@@ -123,13 +123,16 @@ def run(jobs: Sequence[Job], kept: Kept) -> None:
     os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     say.print(f"{len(left)} searches to make, {len(jobs) - len(left)} kept")
     spent: dict[str, float] = {}
-    with ProcessPoolExecutor(min(2, len(cores())), mp_context=multiprocessing.get_context("spawn")) as pool:
+    pool = ProcessPoolExecutor(min(2, len(cores())), mp_context=multiprocessing.get_context("spawn"))
+    try:
         for done, future in enumerate(as_completed([pool.submit(_work, job) for job in left]), start=1):
             job, found, seconds = future.result()
             kept.add(job, found)
             spent[job.sampler] = spent.get(job.sampler, 0.0) + seconds
             if done % 20 == 0 or done == len(left):
                 say.print(f"  {done} of {len(left)}; processor seconds: " + _listing(spent))
+    finally:
+        pool.shutdown(cancel_futures=True)  # who stops the run waits for the two searches in progress, not for all
 
 
 def _listing(spent: dict[str, float]) -> str:
