@@ -29,6 +29,8 @@ from hpo.errors import WhetstoneError
 if TYPE_CHECKING:
     import uvicorn
 
+    from hpo.coordinator import Coordinator
+
 Host = Annotated[str | None, typer.Option(help="Address to listen on. Default 127.0.0.1: this machine only.")]
 Port = Annotated[int | None, typer.Option(min=0, max=65535, help="Port; 0 picks a free one. Default 8000.")]
 
@@ -122,14 +124,7 @@ def _url(chosen: settings.Settings, listener: socket.socket) -> str:
 def _serve(
     chosen: settings.Settings, engine: object, listener: socket.socket, *, json_line: bool, stopping: threading.Event
 ) -> None:
-    import uvicorn
-
-    from api.app import create_app
-    from api.auth import OneTimeLink
-    from api.methods import http_protocol
     from hpo.coordinator import Coordinator
-    from hpo.expiry import Reaper
-    from hpo.tokens import Principal
     from model.spec import SiameseWorkload
 
     coordinator = Coordinator(
@@ -139,6 +134,17 @@ def _serve(
         heartbeat_s=chosen.heartbeat_s,
         stall_s=chosen.stall_s,
     )
+    # PostgreSQL is at work on it while the rest is imported.
+    threading.Thread(target=_read_ahead, args=(coordinator,), name="whetstone-ahead", daemon=True).start()
+
+    import uvicorn
+
+    from api.app import create_app
+    from api.auth import OneTimeLink
+    from api.methods import http_protocol
+    from hpo.expiry import Reaper
+    from hpo.tokens import Principal
+
     admin = f"wst_{secrets.token_urlsafe(32)}"
     granted = {_sha256(admin): Principal(id=f"process:{secrets.token_hex(4)}", role="admin", name="this server")}
     if chosen.admin_token:
@@ -193,6 +199,13 @@ def _serve(
             stopping.set()
     if not server.started:
         raise CannotListen("the server did not start; the log above says why")
+
+
+def _read_ahead(coordinator: Coordinator) -> None:
+    try:
+        coordinator.read_ahead()
+    except Exception as error:  # also where the server stops meanwhile; an ask that needs it reads for itself
+        logging.getLogger("whetstone").info("nothing more was read ahead: %s", error)
 
 
 def _sha256(secret: str) -> str:

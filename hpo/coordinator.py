@@ -264,6 +264,10 @@ class Coordinator:
             expiry.clean(self._desk)
         return expired
 
+    def read_ahead(self) -> None:
+        """Read what the first asks will need. To be called once, in a thread of its own: asks need not wait for it."""
+        self._desk.read_ahead()
+
     def ready(self) -> None:
         """Return if PostgreSQL answers. Raises `DatabaseUnavailable`."""
         database.ping(self.engine)

@@ -45,6 +45,17 @@ FORMAT = sa.text("SELECT format FROM whetstone.studies WHERE study_id = :study")
 RECALL = "SELECT json_build_array(spec, format) FROM whetstone.studies WHERE study_id = %(study)s"
 
 
+READ_AHEAD = 8
+"""So many running studies are read when a server starts."""
+# The newest of those that run.
+RUNNING = """
+    SELECT coalesce(json_agg(study_id), '[]') FROM (
+        SELECT study_id FROM whetstone.studies WHERE state = 'running' AND format <= %(format)s
+        ORDER BY study_id DESC LIMIT %(most)s
+    ) AS newest
+"""
+
+
 @dataclass
 class Known:
     """One study, as this process knows it."""
@@ -160,6 +171,20 @@ class Desk:
         history = History(self.engine, study)
         suggester = Suggester(spec, history, self.workloads.get(spec.workload), self._sampling)
         return Known(study, spec, history, suggester, Pruning(self.engine, study), unusable=unusable)
+
+    def read_ahead(self) -> None:
+        """Read the histories of the newest running studies, so that their first asks find them in memory.
+
+        Raises:
+            DatabaseUnavailable: PostgreSQL does not answer.
+        """
+        for study in call(self.engine, RUNNING, {"format": HISTORY_FORMAT, "most": READ_AHEAD}):
+            try:
+                known = self.recall(study)
+                if not known.unusable:
+                    known.suggester.warm()
+            except (NotFound, NewerFormat) as error:
+                log.info("study %d was not read ahead: %s", study, error)
 
     def foresee(self, study: int) -> None:
         """A study has learnt something: its next point may be prepared, if this process suggests for it."""

@@ -100,6 +100,11 @@ class Chooser:
         self._workload = workload
         self._opening = opening or partial(Session, table=Table(spec.space))
 
+    def learn(self, snapshot: Snapshot) -> None:
+        """Take in what was tried and what ran out of memory."""
+        self.board.update(snapshot.entries)
+        self.marks.update(snapshot.entries)
+
     def choose(
         self,
         snapshot: Snapshot,
@@ -111,8 +116,7 @@ class Chooser:
         """Do what the function `choose` does."""
         spec, space = self.spec, self.spec.space
         given = _given(space, fixed or {})
-        self.board.update(snapshot.entries)
-        self.marks.update(snapshot.entries)
+        self.learn(snapshot)
         room = self.marks.room(memory_bytes)
         if len(given) == len(space.names):
             if not room.holds(given):

@@ -136,6 +136,19 @@ class Suggester:
         finally:
             self._wanted -= 1
 
+    def warm(self) -> None:
+        """Read the history and take it in, so that the first `next` finds that done.
+
+        Raises:
+            NotFound: the study is gone.
+            DatabaseUnavailable: PostgreSQL does not answer.
+        """
+        self._history.refresh()
+        with self._choosing:
+            snapshot = self._history.snapshot(self.spec.space)
+            self._chooser.learn(snapshot)
+            self._is_slow(self.spec, snapshot)  # fills the table where the sampler has one
+
     def fits(self, point: Flat, memory_bytes: int | None) -> bool:
         """Whether nothing says that a point, where it is complete, runs out of memory on such a device."""
         self._chooser.marks.update(self._history.snapshot(self.spec.space).entries)

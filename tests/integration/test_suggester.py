@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
 
+from hpo import database
 from hpo.protocol import Lease
 from tests.integration.leases_harness import ask, coordinator, study, tell, together
 
@@ -44,3 +46,31 @@ def test_whichever_replica_is_asked_the_study_goes_the_same_way(engine: sa.Engin
             way.append(lease.params)
         went.append(way)
     assert went[0] == went[1]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_what_was_read_ahead_is_there_when_a_lease_is_asked_for_and_changes_nothing_of_it(
+    engine: sa.Engine, monkeypatch: pytest.MonkeyPatch, sampler: str
+) -> None:
+    first = coordinator(engine)
+    made = [first.create_study(study(name, sampler=sampler, workload="external", settings={})).study for name in "ab"]
+    for number in range(12):
+        for each in made:
+            tell(first, ask(first, each), number / 12)
+    first.patch_study(made[1], {"state": "paused"})
+    started = coordinator(engine)
+    started.read_ahead()
+    assert set(started._desk._known) == {made[0]}, "what leases nothing is not read"
+    calls: list[str] = []
+    call = database.call
+
+    def counted(engine: sa.Engine, statement: str, values: Any = None) -> Any:
+        calls.append(statement)
+        return call(engine, statement, values)
+
+    monkeypatch.setattr(database, "call", counted)
+    lease = ask(started, made[0])
+    assert len(calls) == 2, "one look and one write: nothing is left to be read"
+    tell(started, lease, 0.0)
+    first.patch_study(made[1], {"state": "running"})
+    assert lease.params == ask(first, made[1]).params, "the same study, not read ahead"
