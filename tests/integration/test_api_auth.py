@@ -87,6 +87,7 @@ def test_who_may_do_what_is_as_designed() -> None:
     }  # fmt: skip
     assert by_role["admin"] == {
         "POST /studies", "PATCH /studies/{study}", "DELETE /studies/{study}", "POST /studies/{study}/trials",
+        "PATCH /studies/{study}/trials/{n}",
         "POST /studies/{study}/trials/{n}/cancel", "POST /studies/{study}/trials/{n}/requeue",
         "POST /workers/{worker}/drain", "POST /login-links",
     }  # fmt: skip
