@@ -84,7 +84,6 @@ class Asking:
             "route": None if once is None else once.route,
             "key": None if once is None else once.key,
             "digest": None if once is None else once.digest,
-            "request": uuid.uuid4().hex,
             "format": HISTORY_FORMAT,
         }
 
@@ -174,6 +173,7 @@ class Asking:
             self.who
             | {
                 "study": study,
+                "request": uuid.uuid4().hex,  # of this very point: the call may be repeated, with no other
                 "head": None if head is None else head.trial_id,
                 "number": number,
                 "skip": self._skip,

@@ -12,6 +12,7 @@ begun may always be taken up again; only a trial's first lease counts against th
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from typing import Any, cast
@@ -54,18 +55,22 @@ def claim(desk: Desk, request: ClaimRequest, principal: Principal, once: Once | 
 
 def _claim(desk: Desk, asking: Asking) -> Lease | None:
     # The study that was claimed from last is likely the next as well: then this look is the only one.
-    guess = desk.guess
-    took = guess is not None and guess.sampling.acquire(timeout=SHORTLY_S)
-    try:
-        seen = asking.look(None, guess if took else None)
-        if took and guess is not None and seen.get("study") == guess.study:
-            try:
+    guess, seen = desk.guess, None
+    if guess is not None and guess.sampling.acquire(timeout=SHORTLY_S):
+        try:
+            seen = asking.look(None, guess)
+            if seen.get("study") == guess.study:
                 return _of_look(desk, guess, asking, seen)
-            except (Changed, Nothing):
-                pass
-    finally:
-        if took and guess is not None:
+        except (Changed, Nothing, NotFound):
+            pass
+        except (DatabaseUnavailable, KeyReused, Answered):
+            raise
+        except Exception:
+            log.exception("study %d could not be asked for a trial; the others are", guess.study)
+        finally:
             guess.sampling.release()
+    if seen is None:
+        seen = asking.look(None, None)
     deadline = time.monotonic() + MAX_WAIT_S
     found = cast("list[int]", seen["studies"])
     # First the studies where nobody is sampling at this moment, then the others, one after another.
@@ -191,7 +196,9 @@ def _allowed(known: Known, seen: Mapping[str, Any]) -> Head | None:
             raise Nothing(f"the study's budget is spent: {seen['spent']}")
         return None
     names = head["names"] or []
-    given = trials.flat_of(known, head["fixed"], names, head["internals"] or [])
+    # As text: stock Optuna stores NaN, which is JSON to Python and not to PostgreSQL.
+    fixed = None if head["fixed"] is None else json.loads(head["fixed"])
+    given = trials.flat_of(known, fixed, names, head["internals"] or [])
     return Head(head["trial_id"], head["number"], given, set(names) >= set(known.spec.space.names))
 
 

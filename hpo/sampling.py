@@ -217,6 +217,8 @@ class Elsewhere:
 
     def close(self) -> None:
         """Let the process forget the study, if it is alive and idle; otherwise that is no loss."""
+        if self._told is None or not self._told.alive:
+            return  # a turn would begin another
         try:
             with self._process.turn(wait=False) as child:
                 if child is self._told:

@@ -164,9 +164,11 @@ def _exactly(end: socket.socket, size: int) -> bytearray:
 
 def _listen(end: socket.socket, inbox: queue.SimpleQueue[Message], parent: int) -> None:
     """Take messages as they come, also while a sampler works, so as to notice when there will be no more."""
+    heard = select.poll()  # `select.select` knows no handles from 1024 on, and this one was the coordinator's
+    heard.register(end, select.POLLIN)
     try:
         while os.getppid() == parent:
-            if select.select([end], [], [], LOOK_S)[0]:
+            if heard.poll(LOOK_S * 1000):
                 inbox.put(receive(end))
     except (EOFError, OSError):
         pass

@@ -40,7 +40,8 @@ SEEDED = sa.text("""
 
 # The finished trials of a study that have a value and every parameter as their study declares it (stock Optuna may have
 # stored others), in order, but for those that the new study has already. A trial that was itself seeded keeps its
-# root, so that two sources with a common one give its trials once.
+# root, so that two sources with a common one give its trials once. They are held until they are
+# copied: nobody deletes or corrects them meanwhile.
 TAKEN = sa.text("""
     WITH given AS (
         SELECT * FROM unnest(CAST(:names AS text[]), CAST(:theirs AS text[])) AS g (name, distribution)
@@ -64,7 +65,7 @@ TAKEN = sa.text("""
     WHERE origin.root NOT IN (
         SELECT m.value_json FROM public.trial_system_attributes m JOIN public.trials mine USING (trial_id)
         WHERE mine.study_id = :study AND m.key = 'whetstone:seeded_from')
-    ORDER BY t.number
+    ORDER BY t.number FOR SHARE OF t
 """)
 
 # Finished trials of another study as trials of this one, which the caller has locked.

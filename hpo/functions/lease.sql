@@ -24,16 +24,12 @@ DECLARE
     v_token bigint;
     found_state text;
     dynamic jsonb;
+    earlier json;
 BEGIN
     IF p_key IS NULL THEN
-        SELECT a.attempt_id, a.token, a.trial_id, a.trial_number, a.attempt, a.resumed_from INTO kept
-        FROM whetstone.attempts a WHERE a.request = p_request;
-        IF FOUND THEN
-            RETURN json_build_object(
-                'lease', kept.attempt_id, 'token', kept.token, 'trial_id', kept.trial_id, 'number', kept.trial_number,
-                'attempt', kept.attempt, 'saved', kept.resumed_from,
-                'last_epoch', (SELECT max(last_epoch) FROM whetstone.attempts
-                               WHERE trial_id = kept.trial_id AND attempt < kept.attempt));
+        earlier := whetstone.leased(p_request);
+        IF earlier IS NOT NULL THEN
+            RETURN earlier;
         END IF;
     ELSE
         INSERT INTO whetstone.idempotency AS k (owner, route, key, digest)
@@ -50,6 +46,12 @@ BEGIN
     END IF;
 
     PERFORM 1 FROM public.studies WHERE study_id = p_study FOR NO KEY UPDATE;
+    IF p_key IS NULL THEN  -- a call whose connection was lost may have been at work until now
+        earlier := whetstone.leased(p_request);
+        IF earlier IS NOT NULL THEN
+            RETURN earlier;
+        END IF;
+    END IF;
     IF NOT EXISTS (SELECT 1 FROM whetstone.studies WHERE study_id = p_study) THEN
         RETURN whetstone.not_leased(p_bearer, p_route, p_key, json_build_object('missing', true));
     END IF;
@@ -144,4 +146,14 @@ BEGIN
     END IF;
     RETURN p_why;
 END
+$$;
+
+-- What an earlier call of the same request was given, or NULL.
+CREATE OR REPLACE FUNCTION whetstone.leased(p_request text) RETURNS json LANGUAGE sql STABLE AS $$
+    SELECT json_build_object(
+        'lease', a.attempt_id, 'token', a.token, 'trial_id', a.trial_id, 'number', a.trial_number,
+        'attempt', a.attempt, 'saved', a.resumed_from,
+        'last_epoch', (SELECT max(last_epoch) FROM whetstone.attempts
+                       WHERE trial_id = a.trial_id AND attempt < a.attempt))
+    FROM whetstone.attempts a WHERE a.request = p_request
 $$;

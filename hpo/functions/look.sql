@@ -85,7 +85,7 @@ BEGIN
                       WHERE trial_id = first.trial_id),
             'internals', (SELECT json_agg(param_value ORDER BY param_id) FROM public.trial_params
                           WHERE trial_id = first.trial_id),
-            'fixed', (SELECT value_json::json FROM public.trial_system_attributes
+            'fixed', (SELECT value_json FROM public.trial_system_attributes
                       WHERE trial_id = first.trial_id AND key = 'fixed_params'));
     END IF;
     IF p_newest IS NOT NULL THEN

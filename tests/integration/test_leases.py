@@ -9,6 +9,7 @@ import sqlalchemy as sa
 from optuna.trial import TrialState
 
 from hpo import leases
+from hpo.asking import Asking
 from hpo.errors import Conflict, NotFound
 from hpo.protocol import Verdict
 from tests.integration.leases_harness import (
@@ -169,3 +170,46 @@ def test_stock_optuna_reads_the_study_as_it_is(engine: sa.Engine) -> None:
     assert seen.trials[5].params["eta[conv]"] == running.params["eta"]["conv"]  # type: ignore[index]
     assert set(seen.trials[5].distributions) == {"x", "eta[conv]", "eta[fc]"}
     assert all(trial.datetime_start and trial.datetime_complete for trial in seen.trials[:5])
+
+
+@pytest.mark.parametrize("x", [float("nan"), float("inf")])
+def test_a_number_that_stock_optuna_queues_and_json_lacks_stops_nobody(engine: sa.Engine, x: float) -> None:
+    desk = coordinator(engine)
+    made = desk.create_study(study())
+    must_claim(desk)
+    stock(engine).enqueue_trial({"x": x})
+    for lease in (must_claim(desk, "w2"), ask(desk, made.study)):
+        assert 0 <= lease.params["x"] <= 1  # type: ignore[operator]  # it is a number
+
+
+def test_a_study_that_cannot_be_asked_keeps_no_other_from_being_claimed_from(
+    engine: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = coordinator(engine)
+    broken, sound = desk.create_study(study("broken")), desk.create_study(study("sound"))
+    assert must_claim(desk).study == broken.study
+
+    def look(asking: Asking, study: int | None, known: Any) -> Any:
+        if study == broken.study or (known is not None and known.study == broken.study):
+            raise ValueError("broken")
+        return real(asking, study, known)
+
+    real = Asking.look
+    monkeypatch.setattr(Asking, "look", look)
+    assert must_claim(desk, "w2").study == sound.study
+
+
+def test_a_study_deleted_while_it_is_claimed_from_leaves_nothing_to_claim(engine: sa.Engine) -> None:
+    desk, other = coordinator(engine), coordinator(engine)
+    made = desk.create_study(study())
+    tell(desk, must_claim(desk))
+    guess = desk._desk.guess
+    assert guess is not None
+    suggest = guess.suggester.next
+
+    def late(*given: Any) -> Any:
+        other.delete_study(made.study)
+        return suggest(*given)
+
+    guess.suggester.next = late  # type: ignore[method-assign]
+    assert claim(desk) is None

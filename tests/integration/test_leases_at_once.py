@@ -12,6 +12,7 @@ import optuna
 import pytest
 import sqlalchemy as sa
 
+from hpo import asking, database
 from hpo.errors import Conflict, NotFound
 from hpo.protocol import Verdict
 from hpo.suggest import Suggestion
@@ -242,3 +243,48 @@ def test_no_deadlock_under_load(engine: sa.Engine) -> None:
                            WHERE a.state = 'leased' AND t.state <> 'RUNNING'""")
             ).scalar_one()
             assert live == 0
+
+
+def test_a_call_cut_off_and_repeated_while_the_server_is_still_at_it_gives_one_lease_and_its_own_point(
+    engine: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = coordinator(engine)
+    made = desk.create_study(study())
+    real, cut = database.call, []
+
+    def call(engine: sa.Engine, statement: str, values: Any = None) -> Any:
+        if statement is not asking.LEASE or cut:
+            return real(engine, statement, values)
+        answers: list[Any] = []
+        with engine.begin() as other:  # so that neither copy gets on before the other has begun
+            other.execute(sa.text("SELECT 1 FROM public.studies FOR UPDATE"))
+            cut.extend(
+                threading.Thread(target=lambda: answers.append(real(engine, statement, values))) for _ in range(2)
+            )
+            for place, thread in enumerate(cut, 1):
+                thread.start()
+                _until_waiting(engine, place)
+        for thread in cut:
+            thread.join(60)
+        # What the client hears is the second one's answer: the first one's was lost.
+        return answers[-1]
+
+    monkeypatch.setattr(database, "call", call)
+    lease = ask(desk, made.study)
+    stored = desk.list_trials(made.study).items
+    assert [(trial.trial, trial.params) for trial in stored] == [(lease.trial, lease.params)]
+    assert tell(desk, lease, 0.5).trial == lease.trial
+
+
+def _until_waiting(engine: sa.Engine, calls: int) -> None:
+    """Wait until so many calls of this database wait for a lock."""
+    waiting = sa.text("""
+        SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'
+    """)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with engine.connect() as conn:
+            if conn.execute(waiting).scalar_one() >= calls:
+                return
+        time.sleep(0.01)
+    raise AssertionError("nobody waits")

@@ -1,4 +1,4 @@
-"""A server with many workers has many open files; its way to PostgreSQL does not mind."""
+"""A server with many workers has many open files; neither its way to PostgreSQL nor its sampler minds."""
 
 from __future__ import annotations
 
@@ -9,8 +9,14 @@ from collections.abc import Iterator
 
 import pytest
 import sqlalchemy as sa
+from optuna.study import StudyDirection
 
 from hpo import database, events
+from hpo.sampling import Elsewhere, SamplingProcess
+from hpo.snapshot import Snapshot
+from hpo.spec import parse
+
+X = {"name": "x", "type": "float", "low": 0.0, "high": 1.0}
 
 
 @pytest.fixture
@@ -39,3 +45,14 @@ def test_a_database_is_reached_and_heard_beside_a_thousand_open_files(engine: sa
                 events.notify(connection, "work")
             assert database.call(engine, "SELECT 1") == 1
         assert heard.wait(10)
+
+
+def test_the_sampling_process_answers_beside_a_thousand_open_files(many_files: None) -> None:
+    process = SamplingProcess()
+    spec = parse({"name": "s", "workload": "external", "space": [X], "sampler": "tpe"}, {})
+    snapshot = Snapshot("s", StudyDirection.MAXIMIZE, (), {})
+    try:
+        asked = Elsewhere(process).open(spec, snapshot, 0, 7, {}).ask()
+        assert set(asked.reduced) == {"x"}
+    finally:
+        process.close()

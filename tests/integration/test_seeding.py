@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -217,3 +218,25 @@ def test_trials_that_stock_optuna_stored_otherwise_are_left_out(engine: sa.Engin
     opened.tell(trial, 0.9)
     made = desk.create_study(study("heir", seed_from=first))
     assert made.seeded[0].trials == 4
+
+
+def test_a_source_deleted_while_it_is_copied_gives_all_that_it_has(engine: sa.Engine) -> None:
+    desk = coordinator(engine)
+    first = source(desk)
+    deleting = threading.Thread(target=coordinator(engine).delete_study, args=[first])
+
+    def copied(_conn: object, _cursor: object, statement: str, *_: object) -> None:
+        if "origin.root NOT IN" in statement:
+            deleting.start()
+            deleting.join(1.0)
+
+    sa.event.listen(engine, "after_cursor_execute", copied)
+    made = desk.create_study(study("copy", seed_from=first)).study
+    deleting.join(60)
+    assert [(trial.state, len(trial.params)) for trial in trials(desk, made)] == [
+        ("complete", 2),
+        ("complete", 2),
+        ("infeasible", 2),
+        ("complete", 2),
+    ]
+    assert [view.study for view in desk.list_studies().items] == [made]

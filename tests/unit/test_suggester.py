@@ -17,7 +17,7 @@ import pytest
 from optuna.trial import TrialState
 
 from hpo.history import Snapshot, copy_of, entry_of
-from hpo.sampling import SamplerFailed, SamplingProcess
+from hpo.sampling import Elsewhere, SamplerFailed, SamplingProcess
 from hpo.space import SearchSpace
 from hpo.spec import Choice
 from hpo.suggest import choose
@@ -271,3 +271,9 @@ def test_what_is_prepared_in_vain_is_prepared_ever_less_often() -> None:
         pass
     worth.proved(used=True)
     assert all(worth.due() for _ in range(3))
+
+
+def test_to_forget_a_study_that_never_needed_the_process_does_not_begin_one() -> None:
+    process = SamplingProcess()
+    Elsewhere(process).close()
+    assert process.pid is None
