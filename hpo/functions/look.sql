@@ -3,12 +3,22 @@
 -- The first of a study's queue for a device of so much memory (NULL: unknown, so anything). `p_begun_only`: the budget
 -- is spent, so only what was begun goes on. `p_skip`: trials that the caller knows to be beyond the device.
 CREATE OR REPLACE FUNCTION whetstone.head(p_study integer, p_begun_only boolean, p_skip integer[])
-RETURNS TABLE (trial_id integer, number integer, begun boolean) LANGUAGE sql STABLE AS $$
-    SELECT t.trial_id, t.number, b.begun FROM public.trials t
-    CROSS JOIN LATERAL (SELECT EXISTS (SELECT 1 FROM whetstone.attempts a WHERE a.trial_id = t.trial_id) AS begun) b
-    WHERE t.study_id = p_study AND t.state = 'WAITING' AND (b.begun OR NOT p_begun_only)
-      AND t.trial_id <> ALL (p_skip)
-    ORDER BY b.begun DESC, t.number LIMIT 1
+RETURNS TABLE (trial_id integer, number integer, begun boolean) LANGUAGE plpgsql STABLE AS $$
+BEGIN
+    -- What was begun is found by its attempts, of which few were broken off, and not by looking through the queue.
+    RETURN QUERY
+        SELECT t.trial_id, t.number, true FROM whetstone.attempts a JOIN public.trials t ON t.trial_id = a.trial_id
+        WHERE a.study_id = p_study AND a.state IN ('released', 'lost', 'stalled')
+          AND t.state = 'WAITING' AND t.trial_id <> ALL (p_skip)
+        ORDER BY t.number LIMIT 1;
+    IF FOUND OR p_begun_only THEN
+        RETURN;
+    END IF;
+    RETURN QUERY
+        SELECT t.trial_id, t.number, false FROM public.trials t
+        WHERE t.study_id = p_study AND t.state = 'WAITING' AND t.trial_id <> ALL (p_skip)
+        ORDER BY t.number LIMIT 1;
+END
 $$;
 
 -- What an earlier request with this key was answered: {"digest", "answer"} or NULL.

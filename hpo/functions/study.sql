@@ -85,8 +85,7 @@ BEGIN
     why := whetstone.spent(p_study);
     IF why IS NULL
         OR EXISTS (SELECT 1 FROM whetstone.attempts WHERE study_id = p_study AND state = 'leased')
-        OR EXISTS (SELECT 1 FROM public.trials t WHERE t.study_id = p_study AND t.state = 'WAITING'
-                   AND EXISTS (SELECT 1 FROM whetstone.attempts a WHERE a.trial_id = t.trial_id)) THEN
+        OR EXISTS (SELECT 1 FROM whetstone.head(p_study, true, '{}')) THEN
         RETURN;
     END IF;
     UPDATE whetstone.studies SET state = 'finished', reason = why, finished_at = clock_timestamp()

@@ -64,7 +64,7 @@ BEGIN
         told = CASE WHEN p_digest IS NOT NULL THEN jsonb_build_object('digest', p_digest, 'reply', p_reply) END,
         checkpoint_epoch = greatest(checkpoint_epoch, p_checkpoint), ended_at = clock_timestamp()
     WHERE attempt_id = p_lease RETURNING * INTO a;
-    UPDATE whetstone.studies SET seconds_used = seconds_used + extract(epoch FROM a.ended_at - a.leased_at)
+    UPDATE whetstone.studies SET seconds_used = seconds_used + greatest(extract(epoch FROM a.ended_at - a.leased_at), 0)
     WHERE study_id = a.study_id;
 END
 $$;
