@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from hpo.heartbeat import Heart, Held
-from hpo.rest import ApiError, Client, ServerUnreachable, new_key
+from hpo.rest import ApiError, Client, ServerUnreachable, as_sent, new_key
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -63,7 +63,7 @@ class Experiment:
         space: parameters by name, each as in a study's document without its name (``{"type": "float", "low": 1e-4,
             "high": 0.1, "log": True}``; integer, categorical with ``choices``, vectors with ``labels``), or the
             document's list. None resumes only.
-        direction: "maximize" or "minimize".
+        direction: "maximize" (by default) or "minimize"; one that is resumed must agree, if this is given.
         description: for people.
         sampler: a name, or an object with its options.
         budget: ``{"trials": 100}`` and the like; by default there is none.
@@ -74,7 +74,7 @@ class Experiment:
         worker: the name under which this process shows, by default made of the host's.
 
     Raises:
-        ValueError: the study is not "external", has another space, or is not there and `space` is None.
+        ValueError: the study is not "external", has another space or direction, or is not there and `space` is None.
         ApiError: the server refused; its message names every fault.
         ServerUnreachable: no server answers.
     """
@@ -84,7 +84,7 @@ class Experiment:
         name: str,
         space: Mapping[str, Mapping[str, Any]] | Sequence[Mapping[str, Any]] | None = None,
         *,
-        direction: Literal["maximize", "minimize"] = "maximize",
+        direction: Literal["maximize", "minimize"] | None = None,
         description: str = "",
         sampler: str | Mapping[str, Any] = "auto",
         budget: Mapping[str, Any] | None = None,
@@ -103,7 +103,7 @@ class Experiment:
         document: dict[str, Any] = {
             "name": name,
             "workload": "external",
-            "direction": direction,
+            "direction": direction or "maximize",
             "description": description,
             "sampler": sampler if isinstance(sampler, str) else dict(sampler),
             "space": _listed(space),
@@ -114,6 +114,8 @@ class Experiment:
             document["seed"] = seed
         try:
             study = self._open(document, resume)
+            if direction not in (None, study["direction"]):
+                raise ValueError(f"the study {name!r} is there and is to {study['direction']}: choose another name")
         except BaseException:
             self.close()
             raise
@@ -174,14 +176,17 @@ class Experiment:
             return self._correct(result_id, finite)
         told: dict[str, Any] = {"token": held.token, "reason": reason, "value": finite}
         told["outcome"] = "infeasible" if finite is None else "complete"
+        held.telling = True
         try:
             self._client.post(f"/api/v1/leases/{held.lease}/tell", json=told, key=new_key())
+            self._heart.let_go(result_id)
         except ApiError as error:
             if error.code != "lost":
                 raise
             self._heart.let_go(result_id)
             return self._rescue(result_id, value, reason)
-        self._heart.let_go(result_id)
+        finally:
+            held.telling = False
         return self._result(result_id)
 
     def step(self, point: Mapping[str, Any], step: int, value: float) -> bool:
@@ -330,11 +335,13 @@ def _finite(value: float | None) -> float | None:
 
 
 def _listed(space: Mapping[str, Mapping[str, Any]] | Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
+    """A space as JSON has it: a tuple is a list there, and one that is resumed is compared with what is stored."""
     if space is None:
         return []
     if isinstance(space, Mapping):
-        return [{"name": name, **about} for name, about in space.items()]
-    return [dict(about) for about in space]
+        space = [{"name": name, **about} for name, about in space.items()]
+    listed: list[dict[str, Any]] = as_sent(space)
+    return listed
 
 
 def _differs(wanted: Sequence[Mapping[str, Any]], there: Sequence[Mapping[str, Any]]) -> str:

@@ -7,12 +7,14 @@ that say what is to be, and posts that carry an `Idempotency-Key`. The token sta
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from json import dumps as json_text
+from json import loads as json_value
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -25,6 +27,10 @@ Json = Any
 
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 """Answers after which the same request may well succeed: a restart, a database that is away, too many requests."""
+
+RESTS_S = 30.0
+"""How long a connection is kept without a request: longer than from one report to the next, and less long than the
+server keeps it (60 s), so that a request never meets one that is just being closed."""
 
 _CREATES = re.compile(r"/(studies|trials|ask|claims)$")
 _LOOPBACK = re.compile(r"^(localhost|127(\.\d+){3}|::1)$")
@@ -40,7 +46,9 @@ class ServerUnreachable(Exception):
 
 
 class ApiError(Exception):
-    """The server answered with an error. `status` is HTTP's, `code` and `message` the API's own."""
+    """The server answered with an error. `status` is HTTP's, `code` and `message` the API's own; as text it also has
+    every fault of `details`.
+    """
 
     def __init__(
         self,
@@ -51,7 +59,7 @@ class ApiError(Exception):
         *,
         retry_after: float | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(f"{message}: {'; '.join(map(_fault, details))}" if details else message)
         self.status = status
         self.code = code
         self.message = message
@@ -116,14 +124,25 @@ class Client:
         headers = {"Accept": "application/json", "User-Agent": "whetstone"}
         if token:
             headers["Authorization"] = f"Bearer {token}"
-        self._http = httpx2.Client(
+        self._headers = headers
+        self._trust_env = not _LOOPBACK.match(parts.hostname)
+        self._process, self._made = os.getpid(), self._connections()
+
+    def _connections(self) -> httpx2.Client:
+        return httpx2.Client(
             base_url=self.url,
-            headers=headers,
-            timeout=self._timeout(timeout_s),
-            # shorter than the server's own 5 s, so that a request never meets a connection that is just being closed
-            limits=httpx2.Limits(max_connections=8, max_keepalive_connections=4, keepalive_expiry=4.0),
-            trust_env=not _LOOPBACK.match(parts.hostname),
+            headers=self._headers,
+            timeout=self._timeout(self._timeout_s),
+            limits=httpx2.Limits(max_connections=8, max_keepalive_connections=4, keepalive_expiry=RESTS_S),
+            trust_env=self._trust_env,
         )
+
+    @property
+    def _http(self) -> httpx2.Client:
+        """The connections. A forked child makes its own: over its parent's, each would read the other's answers."""
+        if self._process != os.getpid():
+            self._process, self._made = os.getpid(), self._connections()
+        return self._made
 
     def __enter__(self) -> Self:
         return self
@@ -307,7 +326,30 @@ class _Guard:
 
 def _encode(document: Json) -> bytes:
     """JSON, as a person wrote it: NaN and dates go too, so that the server names them with every other fault."""
-    return json_text(document, default=str).encode()
+    return json_text(document, default=_plain).encode()
+
+
+def as_sent(document: Json) -> Json:
+    """What of a document arrives: tuples are lists, numbers of other libraries plain ones."""
+    return json_value(_encode(document))
+
+
+def _plain(value: Any) -> Any:
+    """What JSON does not know: a number of numpy's or a tensor of one element as the number, all else as its text."""
+    item = getattr(value, "item", None)
+    if not callable(item):
+        return str(value)
+    try:
+        found = item()
+    except (TypeError, ValueError, RuntimeError):
+        return str(value)
+    return found if isinstance(found, bool | int | float | str) else str(value)
+
+
+def _fault(detail: Any) -> str:
+    if not isinstance(detail, Mapping):
+        return str(detail)
+    return ": ".join(str(part) for part in (detail.get("at"), detail.get("fault")) if part)
 
 
 def _clean(params: Params | None) -> dict[str, str | int | float | bool] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import multiprocessing
 import subprocess
 import sys
 import time
@@ -159,10 +160,62 @@ def test_an_experiment_is_resumed_by_its_name_and_only_with_its_own_space(url: s
     other = {"x": {"type": "float", "low": -5.0, "high": 11.0}}
     with pytest.raises(ValueError, match="another space"):
         experiment(url, space=SPACE | other)
+    with pytest.raises(ValueError, match="is to maximize"):
+        experiment(url, direction="minimize")
     with pytest.raises(ValueError, match="no study named"):
         experiment(url, "unheard of", space=None)
     with pytest.raises(ApiError, match="choose another name"):
         experiment(url, resume=False)
+
+
+def test_a_space_may_hold_tuples_and_numbers_of_numpy_and_is_resumed_all_the_same(url: str) -> None:
+    numpy = pytest.importorskip("numpy")
+    space = {
+        "x": {"type": "float", "low": numpy.float32(0.0), "high": numpy.float64(1.0), "labels": ("a", "b")},
+        "kind": {"type": "categorical", "choices": ("round", "square")},
+    }
+    with experiment(url, space=space) as oven, experiment(url, space=space) as again:
+        assert again.study == oven.study
+        point = {"x": {"a": numpy.float32(0.5), "b": numpy.int64(1)}, "kind": "round"}
+        assert oven.update(point, numpy.float32(2.5)).value == 2.5
+
+
+def test_a_refusal_names_every_fault(url: str) -> None:
+    with pytest.raises(ApiError, match=r"2 faults: space\[0\]\.high.*space\[1\]"):
+        experiment(url, space={"x": {"type": "float", "low": 0.0}, "y": {"type": "colour"}})
+
+
+def test_forked_children_share_an_experiment_and_keep_alive_what_they_ask_for(url: str) -> None:
+    fork = multiprocessing.get_context("fork")
+    with experiment(url) as oven:
+        mine = oven.suggest()
+        told = fork.SimpleQueue()
+
+        def child() -> None:
+            numbers = []
+            for _ in range(5):
+                job = oven.suggest()
+                oven.update(job, job["x"])
+                numbers.append(job.result_id)
+            job = oven.suggest()
+            time.sleep(2.5 * TERM_S)
+            told.put([*numbers, oven.update(job, 1.0).result_id])
+
+        children = [fork.Process(target=child, daemon=True) for _ in range(3)]
+        for each in children:
+            each.start()
+        numbers = [mine.result_id]
+        for _ in range(5):
+            job = oven.suggest()
+            assert oven.update(job, job["x"]).value == job["x"]
+            numbers.append(job.result_id)
+        for each in children:
+            each.join(60.0)
+            assert each.exitcode == 0
+            numbers += told.get()
+        assert sorted(numbers) == list(range(24)), "no point was given twice, and none was taken back"
+        oven.update(mine, 1.0)
+        assert oven.pending() == []
 
 
 def test_steps_are_reported_and_a_cancelled_point_is_to_be_given_up(url: str) -> None:

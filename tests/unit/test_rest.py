@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from cli.serve import KEEP_ALIVE_S
+from cli.settings import Settings
 from hpo.protocol import ReportReply, ReportRequest
-from hpo.rest import ApiError, Backoff, Client, ServerUnreachable
+from hpo.rest import RESTS_S, ApiError, Backoff, Client, ServerUnreachable
 from tests.unit.worker_server import Drop, Reply, Seen, Server, refusal, serving
 
 
@@ -27,6 +29,11 @@ def failing_once(first: Reply | None, then: Reply) -> tuple[list[int], object]:
         return then
 
     return calls, answer
+
+
+def test_a_connection_is_kept_from_report_to_report_and_given_up_before_the_server_does() -> None:
+    heartbeat_s = Settings().heartbeat_s
+    assert 2 * heartbeat_s < RESTS_S < KEEP_ALIVE_S / 1.5
 
 
 def test_the_token_and_json_go_with_every_call() -> None:
