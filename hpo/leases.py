@@ -20,7 +20,7 @@ from typing import Any, cast
 from hpo import events, studies, trials, writing
 from hpo.asking import Answered, Asking, Changed, Head, Nothing
 from hpo.desk import Desk, Known, lock, log, storable
-from hpo.errors import Conflict, DatabaseUnavailable, KeyReused, NotFound
+from hpo.errors import Busy, Conflict, DatabaseUnavailable, KeyReused, NotFound
 from hpo.idempotency import Once
 from hpo.protocol import MAX_WAIT_S, AskRequest, ClaimRequest, Lease, Value
 from hpo.suggest import NothingFeasible, TooSmall
@@ -29,12 +29,9 @@ from hpo.tokens import Principal
 MAX_ROUNDS = 50
 """A round fails only because somebody else got on; after so many in a row the others are given way to."""
 FAILURES_BEFORE_PAUSE = 3
+BUSY = "the study is busy with other requests: ask again"
 SHORTLY_S = 0.05
 """How long an ask waits for another one of its study before it looks whether there is a queue that needs no sampler."""
-
-
-class _Busy(Exception):
-    """Others are being served with this study, and the time to wait for them is over."""
 
 
 def claim(desk: Desk, request: ClaimRequest, principal: Principal, once: Once | None = None) -> Lease | None:
@@ -80,7 +77,7 @@ def _claim(desk: Desk, asking: Asking) -> Lease | None:
             wait_s = max(0.0, deadline - time.monotonic()) if patience is None else patience
             try:
                 lease = _from_study(desk, study, asking, wait_s)
-            except _Busy:
+            except Busy:
                 busy.append(study)
             except (Nothing, NotFound):
                 continue
@@ -102,6 +99,7 @@ def ask(desk: Desk, study: int, request: AskRequest, principal: Principal, once:
     Raises:
         NotFound: there is no such study.
         Conflict: the study has nothing to give; the message says why.
+        Busy: others are being served with this study, and the time to wait for them is over.
         KeyReused: the idempotency key came with another body.
     """
     try:
@@ -110,8 +108,6 @@ def ask(desk: Desk, study: int, request: AskRequest, principal: Principal, once:
         if answer.lease is None:
             raise Conflict("this worker is drained: introduce it anew to give it work again") from None
         return answer.lease
-    except _Busy:
-        raise Conflict("the study is busy with other requests: ask again") from None
     except Nothing as nothing:
         raise Conflict(str(nothing)) from None
 
@@ -129,7 +125,7 @@ def _from_study(desk: Desk, study: int, asking: Asking, wait_s: float) -> Lease:
                     return asking.lease(known, head, None, head.number)
                 took = known.sampling.acquire(timeout=wait_s)
                 if not took:
-                    raise _Busy
+                    raise Busy(BUSY)
             return _of_look(desk, known, asking, asking.look(study, known))
         except Changed:
             continue
@@ -137,7 +133,7 @@ def _from_study(desk: Desk, study: int, asking: Asking, wait_s: float) -> Lease:
             if took:
                 known.sampling.release()
     log.warning("study %d changed %d times while a trial of it was being leased", study, MAX_ROUNDS)
-    raise _Busy
+    raise Busy(BUSY)
 
 
 def _of_look(desk: Desk, known: Known, asking: Asking, seen: Mapping[str, Any]) -> Lease:

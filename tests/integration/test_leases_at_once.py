@@ -12,8 +12,8 @@ import optuna
 import pytest
 import sqlalchemy as sa
 
-from hpo import asking, database
-from hpo.errors import Conflict, NotFound
+from hpo import asking, database, leases
+from hpo.errors import Busy, Conflict, NotFound
 from hpo.protocol import Verdict
 from hpo.suggest import Suggestion
 from hpo.suggester import Suggester
@@ -123,6 +123,17 @@ def test_tells_and_reports_do_not_wait_for_a_sampler(engine: sa.Engine, monkeypa
     go_on.set()
     claimer.join(30)
     assert found[0] is not None
+
+
+def test_an_ask_that_waits_too_long_for_others_is_to_be_made_again(
+    engine: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = coordinator(engine)
+    made = desk.create_study(study())
+    monkeypatch.setattr(leases, "MAX_WAIT_S", 0.2)
+    with desk._desk.recall(made.study).sampling, pytest.raises(Busy, match="ask again"):
+        ask(desk, made.study)
+    assert ask(desk, made.study).trial == 0
 
 
 def test_a_study_whose_sampler_fails_is_paused_and_stands_in_nobodys_way(
