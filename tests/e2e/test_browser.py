@@ -180,12 +180,12 @@ def test_a_person_launches_a_study_and_looks_on(server: Server, worker: Client, 
     # A refused form keeps what was typed; the corrected one launches.
     page.get_by_role("link", name="Launch a study").click()
     page.get_by_label("Name").fill("by hand")
-    page.get_by_label("Trials").fill("none")
+    page.get_by_label("Trials", exact=True).fill("none")
     page.get_by_label("Sampler").select_option("random")
     page.get_by_role("button", name="Launch").click()
     seen(page, "#faults", "budget.trials")
     assert page.get_by_label("Name").input_value() == "by hand"
-    page.get_by_label("Trials").fill("3")
+    page.get_by_label("Trials", exact=True).fill("3")
     page.get_by_role("button", name="Launch").click()
     seen(page, "h1", "by hand")
     seen(page, "#live", "No worker is at hand")
