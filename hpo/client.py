@@ -37,6 +37,8 @@ log = logging.getLogger("whetstone.client")
 DEFAULT_URL = "http://127.0.0.1:8000"
 PATIENCE_S = 120.0
 """How long a call is repeated while the server is away."""
+OPENING_S = 10.0
+"""The same for the first ones: an address that is wrong is to be known soon."""
 
 
 class Result(dict[str, Any]):
@@ -113,7 +115,8 @@ class Experiment:
         if seed is not None:
             document["seed"] = seed
         try:
-            study = self._open(document, resume)
+            with Client(where, token or os.environ.get("WHETSTONE_TOKEN"), patience_s=OPENING_S) as opening:
+                study = self._open(opening, document, resume)
             if direction not in (None, study["direction"]):
                 raise ValueError(f"the study {name!r} is there and is to {study['direction']}: choose another name")
         except BaseException:
@@ -122,16 +125,16 @@ class Experiment:
         self.study = int(study["study"])
         self.direction: str = study["direction"]
 
-    def _open(self, document: dict[str, Any], resume: bool) -> dict[str, Any]:
+    def _open(self, client: Client, document: dict[str, Any], resume: bool) -> dict[str, Any]:
         if document["space"]:
             try:
-                made: dict[str, Any] = self._client.post("/api/v1/studies", json=document)
+                made: dict[str, Any] = client.post("/api/v1/studies", json=document)
                 return made
             except ApiError as error:
                 if error.status != 409 or not resume:
                     raise
         found = next(
-            (one for one in self._client.get("/api/v1/studies", params={"name": self.name})["items"]
+            (one for one in client.get("/api/v1/studies", params={"name": self.name})["items"]
              if one["name"] == self.name),
             None,
         )  # fmt: skip
@@ -227,7 +230,11 @@ class Experiment:
     def clear_pending(self) -> None:
         """Give up every point that has no outcome yet, of whomever."""
         for result in self.pending():
-            self._cancel(result.result_id)
+            try:
+                self._cancel(result.result_id)
+            except ApiError as error:
+                if error.status != 409:  # somebody has told its outcome meanwhile
+                    raise
 
     def best(self) -> Result | None:
         """The best point so far with its value, or None."""
@@ -331,7 +338,10 @@ def _as_result(trial: Mapping[str, Any]) -> Result:
 
 
 def _finite(value: float | None) -> float | None:
-    return float(value) if value is not None and math.isfinite(value) else None
+    try:
+        return float(value) if value is not None and math.isfinite(value) else None
+    except TypeError:
+        raise TypeError(f"a value is a number, or None where the point is infeasible, not {value!r:.80}") from None
 
 
 def _listed(space: Mapping[str, Mapping[str, Any]] | Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:

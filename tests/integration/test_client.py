@@ -99,6 +99,14 @@ def test_an_outcome_told_again_replaces_the_first_and_the_best_follows(url: str)
             elsewhere.update_by_result_id(third.result_id, 1.0)
 
 
+def test_a_value_that_is_no_number_is_refused_and_the_point_stays_ones_own(url: str) -> None:
+    with experiment(url) as oven:
+        job = oven.suggest()
+        with pytest.raises(TypeError, match="a value is a number"):
+            oven.update(job, "good")  # type: ignore[arg-type]
+        assert oven.update(job, 1.0).value == 1.0
+
+
 def test_pending_points_are_listed_found_by_their_values_and_given_up(url: str) -> None:
     with experiment(url) as oven:
         first, second, third = oven.suggest(), oven.suggest(), oven.suggest()
