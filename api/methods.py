@@ -2,7 +2,8 @@
 
 httptools refuses ``get / HTTP/1.1`` before any application sees it, so a request's first letters are brought into
 capitals as they come in; h11, which uvicorn takes where httptools is not installed, passes them on as they are, and
-`api.whetlab` does the rest. Invariant: nothing but the method of a request is ever changed.
+`api.whetlab` does the rest. Invariant: nothing but the method of a request is ever changed. What looks like one is put
+before the parser alone, so that it is the parser who says whether a request begins there or the body of one goes on.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import re
 
-_SMALL = re.compile(rb"(?:get|put|post|patch|delete|head|options) ")
+_SMALL = re.compile(rb"(?:get|put|post|patch|delete|head|options) (?=[/*h]|$)")
 
 
 def http_protocol() -> type[asyncio.Protocol]:
@@ -23,7 +24,7 @@ def http_protocol() -> type[asyncio.Protocol]:
         return H11Protocol
 
     class AnyCase(HttpToolsProtocol):
-        """Looks at what comes in between two requests, which is the beginning of one."""
+        """Capitals for what comes in between two requests, also where the second comes in one piece with the first."""
 
         _between = True
 
@@ -36,8 +37,17 @@ def http_protocol() -> type[asyncio.Protocol]:
             self._between = True
 
         def data_received(self, data: bytes) -> None:
-            if self._between and (small := _SMALL.match(data)) is not None:
-                data = small[0].upper() + data[small.end() :]
-            super().data_received(data)
+            start = 0
+            for small in _SMALL.finditer(data):
+                if small.start() > start:
+                    super().data_received(data[start : small.start()])
+                    start = small.start()
+                if self.transport.is_closing():
+                    return
+                if self._between:
+                    super().data_received(small[0].upper())
+                    start = small.end()
+            if start < len(data):
+                super().data_received(data[start:] if start else data)
 
     return AnyCase

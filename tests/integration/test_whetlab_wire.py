@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,32 @@ def test_methods_in_small_letters_are_understood_by_the_real_server(engine: Engi
             answer = kept.getresponse()
             assert (answer.status, bool(answer.read())) == (405 if method == "patch" else 200, True)
         kept.close()
+
+
+def test_a_method_in_small_letters_is_understood_behind_a_body_that_came_late(engine: Engine) -> None:
+    """A client may send its body after the answer, and the next request in one piece with it."""
+    with served(make_app(engine)) as (address, _):
+        host, port = urlsplit(address).hostname, urlsplit(address).port
+        late = b"get / HTTP/1.1\r\n\r\n"
+
+        def head(path: str, length: int) -> bytes:
+            return f"get {path} HTTP/1.1\r\nhost: {host}\r\ncontent-length: {length}\r\n\r\n".encode()
+
+        def answered(wire: socket.socket) -> bytes:
+            answer = http.client.HTTPResponse(wire)
+            answer.begin()
+            assert answer.status == 200
+            return answer.read()
+
+        with socket.create_connection((host, port), timeout=30) as wire:
+            wire.sendall(head("/healthz", len(late)))
+            first = answered(wire)
+            wire.sendall(late + head("/healthz", len(late)) + late + head("/healthz", 0))
+            assert [answered(wire), answered(wire)] == [first, first]
+            wire.sendall(b"get ")
+            time.sleep(0.1)
+            wire.sendall(head("/healthz", 0).removeprefix(b"get "))
+            assert answered(wire) == first
 
 
 def test_pages_name_their_neighbours_and_end_with_404(client: TestClient) -> None:
