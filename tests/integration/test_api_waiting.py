@@ -249,7 +249,8 @@ def test_a_client_that_leaves_ends_its_stream(server: tuple[str, Any]) -> None:
     with client(url) as http:
         study = http.post("studies", json=BRANIN).json()["study"]
         with http.stream("GET", f"studies/{study}/events") as stream:
-            next(lines(stream))
+            told = lines(stream)  # held on to: dropped, it would close the stream
+            next(told)
             until(lambda: app.state.waiting.waiters == 1)
     until(lambda: app.state.waiting.waiters == 0)
     assert app.state.waiting._open == 0
