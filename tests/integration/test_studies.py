@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -357,6 +359,26 @@ def test_a_study_is_deleted_with_all_it_has(engine: sa.Engine) -> None:
         for table in ("public.trials", "public.trial_params", "whetstone.attempts", "whetstone.metrics"):
             assert conn.execute(sa.text(f"SELECT count(*) FROM {table}")).scalar_one() == 0
     assert desk.create_study(study()).study > kept.study, "the name is free again"
+
+
+def test_a_delete_that_meets_a_report_gives_way_and_is_made_again(engine: sa.Engine) -> None:
+    desk = coordinator(engine)
+    made = desk.create_study(study(points=[point(0.5)]))
+    with ThreadPoolExecutor(1) as pool, engine.connect() as reporting:
+        reporting.execute(sa.text("SELECT 1 FROM public.trials FOR KEY SHARE"))
+        deleting = pool.submit(desk.delete_study, made.study)
+        waits = sa.text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query ~ 'FOR UPDATE'")
+        while not deleting.done():
+            with engine.connect() as looking:  # one transaction sees the same of it all along
+                if looking.execute(waits).scalar_one():
+                    break
+            time.sleep(0.02)
+        attribute = "INSERT INTO public.study_system_attributes (study_id, key, value_json) VALUES (:s, 'rung', '1')"
+        reporting.execute(sa.text(attribute), {"s": made.study})
+        reporting.commit()
+        deleting.result(30)
+    with pytest.raises(NotFound):
+        desk.get_study(made.study)
 
 
 def test_a_study_deleted_by_another_process_is_not_found(engine: sa.Engine) -> None:
