@@ -140,14 +140,11 @@ def revoke(engine: Engine, token_id: int) -> None:
         raise NotFound(f"there is no token {token_id}")
 
 
-def authenticate(engine: Engine, secret: str) -> Principal | None:
-    """Whose secret this is, or None where it is unknown, revoked or expired. Notes its use, at most once a minute."""
-    found = look_up(engine, secret)
-    return None if found is None else found.principal
-
-
 def look_up(engine: Engine, secret: str) -> Valid | None:
-    """The same with how long the token still lasts, for whoever keeps the answer for a moment."""
+    """Whose secret this is, and how long it lasts, or None where it is unknown, revoked or expired.
+
+    Notes its use, at most once a minute.
+    """
     row = _found(engine, _FIND, secret)
     if row is None:
         return None

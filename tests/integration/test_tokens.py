@@ -20,6 +20,11 @@ def run(engine: Engine, statement: str) -> None:
         connection.execute(sa.text(statement))
 
 
+def principal(engine: Engine, secret: str) -> Principal | None:
+    found = tokens.look_up(engine, secret)
+    return None if found is None else found.principal
+
+
 def soon() -> datetime:
     return datetime.now(UTC) + timedelta(hours=1)
 
@@ -27,13 +32,13 @@ def soon() -> datetime:
 def test_a_token_says_who_is_speaking(engine: Engine) -> None:
     token_id, secret = tokens.create(engine, "gpu box 3", "worker")
     assert secret.startswith("wst_")
-    assert tokens.authenticate(engine, secret) == Principal(f"token:{token_id}", "worker", "gpu box 3")
+    assert principal(engine, secret) == Principal(f"token:{token_id}", "worker", "gpu box 3")
 
 
 @pytest.mark.parametrize("secret", ["", "wst_", "wst_" + "x" * 43, "x" * 100_000, "\udcff\x00"])
 def test_any_other_secret_is_nobody(engine: Engine, secret: str) -> None:
     tokens.create(engine, "someone", "admin")
-    assert tokens.authenticate(engine, secret) is None
+    assert principal(engine, secret) is None
     assert tokens.session(engine, secret) is None
 
 
@@ -41,7 +46,7 @@ def test_a_token_is_no_session_and_a_session_no_token(engine: Engine) -> None:
     _, token = tokens.create(engine, "someone", "admin")
     session = tokens.open_session(engine, "admin", None, 1)
     assert tokens.session(engine, token) is None
-    assert tokens.authenticate(engine, session) is None
+    assert principal(engine, session) is None
 
 
 def test_a_secret_is_drawn_anew_and_stored_nowhere(engine: Engine) -> None:
@@ -68,9 +73,9 @@ def test_a_revoked_token_is_refused_and_its_sessions_with_it(engine: Engine) -> 
     assert tokens.session(engine, session) == Principal(f"token:{token_id}", "admin", "someone")
     tokens.revoke(engine, token_id)
     tokens.revoke(engine, token_id)
-    assert tokens.authenticate(engine, secret) is None
+    assert principal(engine, secret) is None
     assert tokens.session(engine, session) is None
-    assert tokens.authenticate(engine, other) is not None
+    assert principal(engine, other) is not None
     assert tokens.session(engine, own) is not None
     with pytest.raises(NotFound, match="token 99"):
         tokens.revoke(engine, 99)
@@ -79,10 +84,10 @@ def test_a_revoked_token_is_refused_and_its_sessions_with_it(engine: Engine) -> 
 def test_an_expired_token_is_refused_and_its_sessions_with_it(engine: Engine) -> None:
     token_id, secret = tokens.create(engine, "someone", "admin", expires_at=soon())
     session = tokens.open_session(engine, "admin", token_id, 1)
-    assert tokens.authenticate(engine, secret) is not None
+    assert principal(engine, secret) is not None
     assert tokens.session(engine, session) is not None
     run(engine, "UPDATE whetstone.tokens SET expires_at = clock_timestamp()")
-    assert tokens.authenticate(engine, secret) is None
+    assert principal(engine, secret) is None
     assert tokens.session(engine, session) is None
 
 
@@ -114,13 +119,13 @@ def test_the_last_use_is_noted_once_a_minute(engine: Engine) -> None:
         return tokens.listing(engine)[0].last_used_at
 
     assert used() is None
-    tokens.authenticate(engine, secret)
+    principal(engine, secret)
     first = used()
     assert first is not None
-    tokens.authenticate(engine, secret)
+    principal(engine, secret)
     assert used() == first
     run(engine, "UPDATE whetstone.tokens SET last_used_at = last_used_at - interval '61 seconds'")
-    tokens.authenticate(engine, secret)
+    principal(engine, secret)
     again = used()
     assert again is not None
     assert again > first
@@ -131,7 +136,7 @@ def test_a_token_in_use_never_waits_for_the_note_of_its_use(engine: Engine) -> N
     found: list[Principal | None] = []
     with engine.begin() as connection:
         connection.execute(sa.text("SELECT 1 FROM whetstone.tokens WHERE token_id = :id FOR UPDATE"), {"id": token_id})
-        thread = threading.Thread(target=lambda: found.append(tokens.authenticate(engine, secret)), daemon=True)
+        thread = threading.Thread(target=lambda: found.append(principal(engine, secret)), daemon=True)
         thread.start()
         thread.join(5)
         assert len(found) == 1
