@@ -76,7 +76,8 @@ def _claim(desk: Desk, asking: Asking) -> Lease | None:
         for study in found:
             wait_s = max(0.0, deadline - time.monotonic()) if patience is None else patience
             try:
-                lease = _from_study(desk, study, asking, wait_s)
+                known = desk.recall(study)
+                lease = _from_study(desk, known, asking, wait_s)
             except Busy:
                 busy.append(study)
             except (Nothing, NotFound):
@@ -86,7 +87,7 @@ def _claim(desk: Desk, asking: Asking) -> Lease | None:
             except Exception:
                 log.exception("study %d could not be asked for a trial; the others are", study)
             else:
-                desk.guess = desk.recall(study)
+                desk.guess = known
                 return lease
         found = busy
     asking.heard_of(seen)
@@ -103,7 +104,7 @@ def ask(desk: Desk, study: int, request: AskRequest, principal: Principal, once:
         KeyReused: the idempotency key came with another body.
     """
     try:
-        return _from_study(desk, study, Asking(desk, principal, request, once), MAX_WAIT_S)
+        return _from_study(desk, desk.recall(study), Asking(desk, principal, request, once), MAX_WAIT_S)
     except Answered as answer:
         if answer.lease is None:
             raise Conflict("this worker is drained: introduce it anew to give it work again") from None
@@ -112,8 +113,8 @@ def ask(desk: Desk, study: int, request: AskRequest, principal: Principal, once:
         raise Conflict(str(nothing)) from None
 
 
-def _from_study(desk: Desk, study: int, asking: Asking, wait_s: float) -> Lease:
-    known = desk.recall(study)
+def _from_study(desk: Desk, known: Known, asking: Asking, wait_s: float) -> Lease:
+    study = known.study
     for _ in range(MAX_ROUNDS):
         took = known.sampling.acquire(timeout=min(wait_s, SHORTLY_S))
         try:

@@ -56,7 +56,7 @@ def report(desk: Desk, lease: int, request: ReportRequest, principal: Principal)
     """Take down progress, renew the lease, and say how to go on. A lease that is over is answered "lost"."""
     epochs = {item.epoch: item for item in request.reports}  # the later of two reports on an epoch speaks
     finite = {epoch: item.value for epoch, item in epochs.items() if item.value is not None}
-    verdict = _judged(desk, lease, finite) if finite else pruners.Verdict(prune=False)
+    verdict, pruner = _judged(desk, lease, finite) if finite else (pruners.GOES_ON, "none")
     texts = [json.dumps({storable(name): value for name, value in item.metrics.items()}) for item in epochs.values()]
     said: dict[str, Any] = database.call(
         desk.engine,
@@ -87,14 +87,13 @@ def report(desk: Desk, lease: int, request: ReportRequest, principal: Principal)
     if epochs and said["state"] != "RUNNING":
         return ReportReply(verdict=Verdict.STOP, reason="another program has ended this trial through Optuna")
     if verdict.prune:
-        name = desk.recall(said["study"]).spec.pruner.name
-        return ReportReply(verdict=Verdict.PRUNE, reason=f"the {name} pruner judged it not worth more")
+        return ReportReply(verdict=Verdict.PRUNE, reason=f"the {pruner} pruner judged it not worth more")
     return ReportReply(verdict=Verdict.GO_ON)
 
 
-def _judged(desk: Desk, lease: int, values: dict[int, float]) -> pruners.Verdict:
-    """Ask the study's pruner about the trial with these values added. One that fails prunes nothing."""
-    going_on = pruners.Verdict(prune=False)
+def _judged(desk: Desk, lease: int, values: dict[int, float]) -> tuple[pruners.Verdict, str]:
+    """Ask the study's pruner about the trial with these values added, and name it. One that fails prunes nothing."""
+    going_on = pruners.GOES_ON, "none"
     place = desk.place_of(lease)
     if place is None:  # another process leased it, or this one before it was started anew
         place = database.call(desk.engine, OF_LEASE, {"lease": _known_id(lease)})
@@ -103,7 +102,7 @@ def _judged(desk: Desk, lease: int, values: dict[int, float]) -> pruners.Verdict
     study, trial, number = place
     try:
         known = desk.recall(study)
-        return pruners.judge_now(known.spec, known.pruning, trial, number, values)
+        return pruners.judge_now(known.spec, known.pruning, trial, number, values), known.spec.pruner.name
     except DatabaseUnavailable:
         raise
     except NotFound:

@@ -213,3 +213,22 @@ def test_a_study_deleted_while_it_is_claimed_from_leaves_nothing_to_claim(engine
 
     guess.suggester.next = late  # type: ignore[method-assign]
     assert claim(desk) is None
+
+
+def test_a_claim_that_was_made_is_answered_although_its_study_is_deleted_since(
+    engine: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk, lease = coordinator(engine), Asking.lease
+    made = desk.create_study(study())
+
+    def deleted_after(*given: Any) -> Any:
+        found = lease(*given)
+        desk.patch_study(made.study, {"state": "stopped"})
+        desk.delete_study(made.study)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Asking, "lease", deleted_after)
+        held = must_claim(desk)
+    assert report(desk, held, {0: 0.5}).verdict == Verdict.LOST
+    assert claim(desk) is None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import sqlalchemy as sa
 from optuna.trial import TrialState
 
+from hpo import database, outcomes
 from hpo.errors import Invalid, LeaseLost, NotFound, Told
 from hpo.protocol import EpochReport, ReportRequest, Verdict
 from tests.integration.leases_harness import (
@@ -77,6 +80,30 @@ def test_a_bad_trial_is_pruned_by_the_median_of_the_others(engine: sa.Engine) ->
     assert tell(desk, bad, None, "pruned").state == "pruned"
     assert desk.get_trial(made.study, bad.trial).value == 0.1
     assert stock(engine).trials[bad.trial].state == TrialState.PRUNED
+
+
+def test_a_report_that_was_taken_down_is_answered_although_its_study_is_deleted_since(
+    engine: sa.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = coordinator(engine)
+    made = desk.create_study(study(pruner={"name": "median", "n_startup_trials": 1}))
+    first = must_claim(desk)
+    report(desk, first, {0: 0.9})
+    tell(desk, first, 0.9)
+    bad, call = must_claim(desk), database.call
+
+    def deleted_after(engine: sa.Engine, statement: str, arguments: Any) -> Any:
+        said = call(engine, statement, arguments)
+        if statement == outcomes.REPORT:
+            desk.patch_study(made.study, {"state": "stopped"})
+            desk.delete_study(made.study)
+        return said
+
+    with monkeypatch.context() as patch:
+        patch.setattr(database, "call", deleted_after)
+        reply = report(desk, bad, {0: 0.1})
+    assert (reply.verdict, reply.reason) == (Verdict.PRUNE, "the median pruner judged it not worth more")
+    assert report(desk, bad, {1: 0.1}).verdict == Verdict.LOST
 
 
 def test_successive_halving_remembers_its_rungs(engine: sa.Engine) -> None:
