@@ -100,6 +100,9 @@ class Child:
             if not self.working:
                 raise ConnectionError(why) from None
             raise SamplerFailed(f"its process {why} while it was working") from None
+        except Exception as error:
+            self.end()
+            raise SamplerFailed(f"its answer could not be read: {type(error).__name__}: {error}") from error
         finally:
             self.working = False
         if isinstance(found, Failed):
@@ -146,15 +149,24 @@ class SamplingProcess:
     def turn(self, *, wait: bool = True) -> Iterator[Child]:
         """Have the process to oneself; a living one, as far as that can be known.
 
+        A turn that is broken off ends the process: it may have half a question, or an answer that nobody waits for.
+
         Raises:
             Busy: somebody else has it, and `wait` is false.
         """
         if not self._turn.acquire(blocking=wait):
             raise Busy
         try:
-            if self._child is None or not self._child.alive:
-                self._child = Child(self._limit_s)
-            yield self._child
+            child = self._child
+            if child is None or not child.alive:
+                child = self._child = Child(self._limit_s)
+            try:
+                yield child
+            except SamplerFailed:  # said in an answer, or by a process that is dead already
+                raise
+            except BaseException:
+                child.end()
+                raise
         finally:
             self._turn.release()
 

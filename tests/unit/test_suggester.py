@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -11,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import pytest
@@ -18,6 +21,7 @@ from optuna.trial import TrialState
 
 from hpo.history import Snapshot, copy_of, entry_of
 from hpo.sampling import Elsewhere, SamplerFailed, SamplingProcess
+from hpo.sampling_child import LENGTH, receive
 from hpo.space import SearchSpace
 from hpo.spec import Choice
 from hpo.suggest import choose
@@ -168,6 +172,58 @@ def test_a_sampler_that_takes_its_process_with_it_fails_its_own_ask_alone(proces
         asked.next(41)
     killer.join()
     assert calm.next(41) == choose(other.spec, other.snapshot, 41)
+
+
+@pytest.mark.usefixtures("sent_away")
+@pytest.mark.parametrize("place", [1, 2], ids=["before it begins", "before its answer"])
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [(MemoryError(), SamplerFailed), (UnpicklingError("odd"), SamplerFailed), (KeyboardInterrupt(), KeyboardInterrupt)],
+    ids=["no memory", "unreadable", "interrupted"],
+)
+def test_an_answer_that_could_not_be_read_is_nobody_elses(
+    place: int,
+    error: BaseException,
+    raised: type[BaseException],
+    process: SamplingProcess,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    study = played(spec_of("tpe"), 40)
+    asked = suggester(study, process)
+    asked.next(40)
+    reads = itertools.count(1)
+
+    def receives(end: socket.socket) -> Any:
+        if next(reads) == place:
+            raise error
+        return receive(end)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hpo.sampling.receive", receives)
+        with pytest.raises(raised):
+            asked.next(41)
+    assert asked.next(42) == choose(study.spec, study.snapshot, 42)
+
+
+@pytest.mark.usefixtures("sent_away")
+def test_a_question_that_was_half_sent_spoils_no_other(
+    process: SamplingProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = played(spec_of("tpe"), 40)
+    asked = suggester(study, process)
+    asked.next(40)
+    assert process._child is not None
+    process._child._end.settimeout(5.0)
+
+    def sends(end: socket.socket, message: object) -> None:
+        end.sendall(LENGTH.pack(1 << 30))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hpo.sampling.send", sends)
+        with pytest.raises(KeyboardInterrupt):
+            asked.next(41)
+    assert asked.next(42) == choose(study.spec, study.snapshot, 42)
 
 
 @pytest.mark.usefixtures("sent_away")
