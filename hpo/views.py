@@ -191,6 +191,7 @@ class StudyView(Wire):
     created_at: datetime
     finished_at: datetime | None
     spec: dict[str, Any]
+    """Its document as launched, with all defaults; budget, concurrency, notes and `fixed` are those of now."""
     fixed: Point = Field(default_factory=dict)
     """Parameters fixed for the rest of the study; what is suggested next has these values."""
     picked: PickedView | None = None

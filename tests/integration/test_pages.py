@@ -313,6 +313,19 @@ def test_parameters_are_fixed_and_released_in_a_form(admin: TestClient, hpo: Coo
     assert hpo.get_study(made.study).fixed == {}
 
 
+def test_a_studys_document_is_shown_as_it_stands_and_can_be_launched_again(admin: TestClient, hpo: Coordinator) -> None:
+    study = hpo.create_study(SIAMESE).study
+    now = hpo.patch_study(study, {"fixed": {"mu": 0.5}, "budget": {"trials": 9}, "notes": "wider"})
+    page = admin.get(f"/studies/{study}/config").text
+    assert "As launched" not in text_of(page)
+    assert "budget, concurrency, notes and fixed hyperparameters: those are as they are now" in text_of(page)
+    shown = yaml_document.write(now.spec)
+    assert shown.strip() in unescape(page)
+    assert admin.post("/studies/new", data=form(document=shown, name="again")).status_code == 303
+    again = hpo.list_studies(name="again").items[0]
+    assert (again.fixed, again.budget.trials, again.notes) == (now.fixed, 9, "wider")
+
+
 def test_a_point_of_ones_own_is_queued_and_a_wrong_one_kept_for_correction(admin: TestClient, hpo: Coordinator) -> None:
     study = hpo.create_study(SIAMESE).study
     page = admin.get(f"/studies/{study}/queue").text
