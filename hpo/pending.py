@@ -67,7 +67,7 @@ def suggest(desk: Desk, study: int) -> int:
     with desk.transaction() as conn:
         known = desk.known(conn, study)
     if known.unusable:
-        raise Conflict(f"this server cannot sample for the study: {known.unusable}")
+        raise Conflict(f"this server cannot sample for the experiment: {known.unusable}")
     if not known.sampling.acquire(timeout=MAX_WAIT_S):
         raise Busy("others are waiting for a suggestion of this experiment: ask again")
     try:
@@ -77,7 +77,7 @@ def suggest(desk: Desk, study: int) -> int:
                 return made
     finally:
         known.sampling.release()
-    raise Busy("the study changed too often while a suggestion was made: ask again")
+    raise Busy("the experiment changed too often while a suggestion was made: ask again")
 
 
 def _once(desk: Desk, known: Known) -> int | None:
@@ -111,14 +111,14 @@ def _look(conn: sa.Connection, known: Known) -> _Next:
     """See what is next. Raises `Conflict` where state or budget allow no suggestion."""
     row = studies.reread(conn, known.study)
     if row.state != "running":
-        raise Conflict(f"the study is {row.state}" + (f" ({row.reason})" if row.reason else ""))
+        raise Conflict(f"the experiment is {row.state}" + (f" ({row.reason})" if row.reason else ""))
     spent = studies.spent(conn, known.study)
     if spent is None and row.budget_trials is not None:
         handed_out = conn.execute(HANDED_OUT, {"study": known.study}).scalar_one()
         if studies.used_by(conn, [known.study])[known.study].trials + handed_out >= row.budget_trials:
             spent = f"all {row.budget_trials} trials have been handed out"
     if spent is not None:
-        raise Conflict(f"the study's budget is spent: {spent}")
+        raise Conflict(f"the experiment's budget is spent: {spent}")
     fixed: dict[str, Value] = dict(row.fixed)
     head = conn.execute(HEAD, {"study": known.study}).one_or_none()
     if head is None:

@@ -7,7 +7,8 @@ outcome is not written here, and to delete it is to ask its worker to stop.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import sqlalchemy as sa
@@ -54,7 +55,7 @@ class Whetlab:
     def experiment(self, experiment: int) -> dict[str, Any]:
         found = self.experiments(offset=0, limit=1, experiment=experiment)[1]
         if not found:
-            raise NotFound(f"there is no experiment {experiment}")
+            raise _missing(experiment)
         return found[0]
 
     def create_experiment(self, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,10 +64,11 @@ class Whetlab:
 
     def delete_experiment(self, experiment: int) -> None:
         """Delete an experiment with all its results. Raises `Conflict` while workers hold trials of it."""
-        studies.delete(self._desk, experiment)
+        with _named(experiment):
+            studies.delete(self._desk, experiment)
 
     def settings(self, experiment: int) -> list[dict[str, Any]]:
-        with self._desk.transaction() as conn:
+        with _named(experiment), self._desk.transaction() as conn:
             return [setting.document() for setting in experiments.of(self._desk.known(conn, experiment)).settings]
 
     def add_setting(self, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,7 +78,7 @@ class Whetlab:
         wanted = experiment_form.read_setting(body, "", faults)
         if faults:
             raise Invalid(faults, "the setting")
-        with self._desk.transaction() as conn:
+        with _named(experiment), self._desk.transaction() as conn:
             known = self._desk.known(conn, experiment)
         return experiments.same_setting(known, wanted)
 
@@ -84,11 +86,13 @@ class Whetlab:
 
     def suggest(self, experiment: int) -> dict[str, Any]:
         """Suggest a point; return it as a result without an outcome."""
-        return self.result(pending.suggest(self._desk, experiment))
+        with _named(experiment):
+            made = pending.suggest(self._desk, experiment)
+        return self.result(made)
 
     def results(self, experiment: int, *, offset: int, limit: int | None) -> Listed:
         """Return results of an experiment, the oldest first; without a `limit` all of them."""
-        with self._desk.transaction() as conn:
+        with _named(experiment), self._desk.transaction() as conn:
             known = self._desk.known(conn, experiment)
             seen = experiments.of(known)
             count = results.count(conn, experiment)
@@ -112,7 +116,7 @@ class Whetlab:
         description = _description(body, faults)
         if faults:
             raise Invalid(faults, "the result")
-        with self._desk.transaction() as conn:
+        with _named(experiment), self._desk.transaction() as conn:
             known = self._desk.known(conn, experiment)
         seen = experiments.of(known)
         sent = results.read(seen, body, faults)
@@ -124,7 +128,7 @@ class Whetlab:
             faults += seen.space.read(seen.space.nest(sent.flat), at="variables")[1]  # what is tied has one value
         if faults:
             raise Invalid(faults, "the result")
-        with self._desk.transaction() as conn:
+        with _named(experiment), self._desk.transaction() as conn:
             lock(conn, experiment)
             trial_id = self._store(conn, known, seen, sent)
             if description:
@@ -221,6 +225,19 @@ class Whetlab:
         lock(conn, known.study)
         conn.execute(statements.LOCK_TRIAL, {"trial_id": result})
         return results.find(conn, result)
+
+
+@contextmanager
+def _named(experiment: int) -> Iterator[None]:
+    """Where its study is not found in the block, it is an experiment that there is not."""
+    try:
+        yield
+    except NotFound:
+        raise _missing(experiment) from None
+
+
+def _missing(experiment: int) -> NotFound:
+    return NotFound(f"there is no experiment {experiment}")
 
 
 WRITTEN_AGAIN = "its outcome was written again through Whetlab's protocol"

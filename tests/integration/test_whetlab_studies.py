@@ -281,3 +281,27 @@ def test_a_study_that_workers_hold_is_not_deleted_under_their_hands(client: Test
     assert (
         client.post("/api/alpha/experiments", json={"name": "swept", "settings": [FLOAT, OUTCOME]}).status_code == 400
     )
+
+
+def test_what_is_not_there_or_gives_nothing_is_called_an_experiment(client: TestClient) -> None:
+    script = launched(client)
+    script.suggest()
+    result = {"experiment": 99, "variables": []}
+    for answer in (
+        client.get("/api/alpha/experiments/99/"),
+        client.delete("/api/alpha/experiments/99/"),
+        client.post("/api/alpha/experiments/99/suggest/"),
+        client.get("/api/alpha/settings/?experiment=99"),
+        client.post("/api/alpha/settings/", json={**FLOAT, "experiment": 99}),
+        client.get("/api/alpha/results/?experiment=99"),
+        client.post("/api/alpha/results/", json=result),
+    ):
+        assert (answer.status_code, answer.json()) == (404, {"error": "there is no experiment 99"})
+    for change, says in (
+        ({"state": "paused"}, "the experiment is paused"),
+        ({"state": "running", "budget": {"trials": 1}}, "the experiment's budget is spent"),
+    ):
+        assert client.patch(f"{V1}/studies/{script.id}", json=change).status_code == 200
+        answer = client.post(f"/api/alpha/experiments/{script.id}/suggest/")
+        assert answer.status_code == 409
+        assert answer.json()["error"].startswith(says)
