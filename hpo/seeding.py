@@ -21,7 +21,7 @@ from hpo.desk import Desk, Known
 from hpo.errors import Fault, Invalid, NewerFormat, NotFound
 from hpo.protocol import Value
 from hpo.space import Flat
-from hpo.spec import StudySpec
+from hpo.spec import SeedFrom, StudySpec
 from hpo.views import SeedView
 
 ATTRIBUTE = "whetstone:seeded_from"
@@ -147,6 +147,17 @@ def sow(desk: Desk, conn: sa.Connection, study: int, spec: StudySpec) -> None:
     desk.storage.set_study_system_attr(study, ATTRIBUTE, [seed.model_dump() for seed in seeds])
 
 
+def absent(desk: Desk, conn: sa.Connection, seeds: Sequence[SeedFrom]) -> list[Fault]:
+    """Name the sources that are not there or have finished no trial, as `sow` does, before there is a study."""
+    faults = []
+    for place, seed in enumerate(seeds):
+        try:
+            _source(desk, conn, seed.study)
+        except (NotFound, NewerFormat) as error:
+            faults.append(Fault(f"seed_from[{place}].study", str(error)))
+    return faults
+
+
 def of_studies(conn: sa.Connection, studies: Sequence[int]) -> dict[int, list[SeedView]]:
     """What each of these studies was seeded with."""
     found: dict[int, list[SeedView]] = {study: [] for study in studies}
@@ -156,7 +167,7 @@ def of_studies(conn: sa.Connection, studies: Sequence[int]) -> dict[int, list[Se
     return found
 
 
-def _source(desk: Desk, conn: sa.Connection, named: int | str, study: int) -> Known:
+def _source(desk: Desk, conn: sa.Connection, named: int | str, study: int | None = None) -> Known:
     number = named if isinstance(named, int) else conn.execute(BY_NAME, {"name": named}).scalar()
     if number is None or number == study:
         raise NotFound("there is no study of this name")

@@ -176,7 +176,7 @@ def _read(
     part_faults += point_faults
     held, fixed_faults = _fixed(given.get("fixed", {}), space)
     part_faults += fixed_faults
-    seeds, seed_faults = _seeds(given.get("seed_from"))
+    seeds, seed_faults = read_seeds(given.get("seed_from"))
     part_faults += seed_faults
     workload, workload_faults = (None, []) if workloads is None else _workload(given, workloads)
     settings = given.get("settings", {})
@@ -383,7 +383,7 @@ def _fixed(data: object, space: SearchSpace | None) -> tuple[Flat, list[Fault]]:
     return fixed.merged(space, {}, changes), faults
 
 
-def _seeds(data: object) -> tuple[list[SeedFrom], list[Fault]]:
+def read_seeds(data: object) -> tuple[list[SeedFrom], list[Fault]]:
     """Read one source or several, each a study's id or name, or an object with how many of its points to take."""
     if data is None:
         return [], []

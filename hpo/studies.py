@@ -8,7 +8,8 @@ is no moment at which the last trial is done and its study is not.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +20,10 @@ from optuna.study import StudyDirection
 from hpo import events, feasibility, fixed, seeding, statements, trials, writing
 from hpo.database import retrying
 from hpo.desk import HISTORY_FORMAT, Desk, Known, lock, missing, one_fault, storable, too_new
-from hpo.errors import Conflict, Invalid
+from hpo.document import tidy
+from hpo.errors import Conflict, Fault, Invalid
 from hpo.idempotency import Once, answered, guard
-from hpo.spec import UNSET, StudyChange, StudySpec, dump, parse, parse_change
+from hpo.spec import UNSET, StudyChange, StudySpec, dump, parse, parse_change, read_seeds
 from hpo.views import STUDY_STATES, TRIAL_STATES, BudgetView, Page, SeedView, StudyView, TrialView
 
 _ALLOWED = {
@@ -67,6 +69,7 @@ ASK_TO_STOP = sa.text("""
 SETTLE = sa.text("SELECT whetstone.settle(:study)")
 SPENT = sa.text("SELECT whetstone.spent(:study)")
 
+NAMED = sa.text("SELECT study_id FROM public.studies WHERE study_name = :name")
 LIVE = sa.text("SELECT count(*) FROM whetstone.attempts WHERE study_id = :study AND state = 'leased'")
 LOCK_TRIALS = sa.text("SELECT trial_id FROM public.trials WHERE study_id = :study ORDER BY trial_id FOR UPDATE")
 
@@ -84,7 +87,7 @@ def create(desk: Desk, document: object, once: Once | None = None) -> StudyView:
 
     Raises:
         Invalid: names every fault of the document and of what it is to be seeded from.
-        Conflict: a study of that name is there already.
+        Conflict: a study of that name is there already, and that is all that is wrong.
         KeyReused: the idempotency key came with another body.
     """
     if once is not None:
@@ -92,12 +95,37 @@ def create(desk: Desk, document: object, once: Once | None = None) -> StudyView:
             earlier = answered(conn, once, StudyView)
         if earlier is not None:
             return earlier
-    spec = parse(document, desk.workloads)
+    try:
+        spec = parse(document, desk.workloads)
+    except Invalid as error:
+        raise Invalid([*error.faults, *_unstorable(desk, document, error.faults)], what="the study") from None
     try:
         with desk.transaction() as conn:
             return guard(conn, once, StudyView, lambda: store(desk, conn, spec))
     except DuplicatedStudyError:
-        raise Conflict(f"there is a study named {spec.name!r} already: choose another name") from None
+        faults = _unstorable(desk, document, ())
+        if len(faults) > 1:
+            raise Invalid(faults, what="the study") from None
+        raise Conflict(_taken(spec.name)) from None
+
+
+def _unstorable(desk: Desk, document: object, faults: Sequence[Fault]) -> list[Fault]:
+    """What the database has against a document beside the faults that were found in it: its name, its sources."""
+    if not isinstance(document, Mapping) or not tidy(document)[1]:
+        return []
+    spotted = {re.split(r"[.\[]", fault.at)[0] for fault in faults}
+    name = document.get("name")
+    found: list[Fault] = []
+    with desk.transaction() as conn:
+        if "name" not in spotted and conn.execute(NAMED, {"name": name}).scalar() is not None:
+            found.append(Fault("name", _taken(str(name))))
+        if "seed_from" not in spotted:
+            found += seeding.absent(desk, conn, read_seeds(document.get("seed_from"))[0])
+    return found
+
+
+def _taken(name: str) -> str:
+    return f"there is a study named {name!r} already: choose another name"
 
 
 def store(desk: Desk, conn: sa.Connection, spec: StudySpec) -> StudyView:

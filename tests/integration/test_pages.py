@@ -313,6 +313,25 @@ def test_parameters_are_fixed_and_released_in_a_form(admin: TestClient, hpo: Coo
     assert hpo.get_study(made.study).fixed == {}
 
 
+def test_a_name_or_a_source_that_only_the_database_knows_is_named_with_the_other_faults(
+    admin: TestClient, hpo: Coordinator
+) -> None:
+    hpo.create_study(EXTERNAL)
+    document = yaml_document.write(EXTERNAL)
+    for more, fields in (
+        ({"trials": "-3", "hours": "x"}, ["name", "trials", "hours"]),
+        ({"trials": "-3", "seed_from": "nobody"}, ["name", "trials", "seed_from"]),
+        ({"seed_from": "nobody"}, ["name", "seed_from"]),
+        ({"name": "free", "target": "x", "seed_from": "7"}, ["target", "seed_from"]),
+        ({"name": "a/b", "seed_from": "mine"}, ["name", "seed_from"]),
+    ):
+        answer = admin.post("/studies/new", data=form(document=document, **more))
+        assert answer.status_code == 422
+        assert re.findall(r'id="(\w+)"[^>]*aria-invalid="true"', answer.text) == fields
+        assert len(re.findall(r"<li><code>", answer.text)) == len(fields)
+    assert [study.name for study in hpo.list_studies().items] == ["mine"]
+
+
 def test_a_studys_document_is_shown_as_it_stands_and_can_be_launched_again(admin: TestClient, hpo: Coordinator) -> None:
     study = hpo.create_study(SIAMESE).study
     now = hpo.patch_study(study, {"fixed": {"mu": 0.5}, "budget": {"trials": 9}, "notes": "wider"})
