@@ -34,7 +34,7 @@ def list_workers(url: Url = None, token: Token = None, json: Json = False) -> No
         ]
         for w in workers
     ]
-    columns = ["worker", "state", "device", "study/trial", ("done", "right"), "last seen (UTC)"]
+    columns = [("worker", "cut"), "state", ("device", "cut"), "study/trial", ("done", "right"), "last seen (UTC)"]
     output.out.print(output.table(None, columns, rows))
 
 

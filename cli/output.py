@@ -15,6 +15,7 @@ from typing import Any
 from rich import markup
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -85,15 +86,25 @@ def seconds(value: float | None) -> str:
 
 
 def table(title: str | None, columns: Iterable[str | tuple[str, str]], rows: Iterable[Iterable[str]]) -> Table:
-    """A table; a column given as (name, "right") is right-aligned. Cells may hold rich markup."""
+    """A table; a column given as (name, "right") is right-aligned, one given as (name, "cut") gives way to the others
+    where the terminal is narrow, its cells cut with an ellipsis. Cells may hold rich markup.
+    """
     made = Table(title=title, title_justify="left", header_style="bold", box=None, padding=(0, 2, 0, 0))
     named = [(column, "left") if isinstance(column, str) else column for column in columns]
-    for place, (name, justify) in enumerate(named, 1):
+    for place, (name, kind) in enumerate(named, 1):
         last = place == len(named)  # where a terminal is narrow, the last column folds rather than one vanishes
-        made.add_column(name, justify=justify, no_wrap=not last, overflow="fold")  # type: ignore[arg-type]
+        narrows = last or kind == "cut"
+        made.add_column(name, justify="right" if kind == "right" else "left", no_wrap=not narrows, overflow="fold")
     for row in rows:
-        made.add_row(*row)
+        made.add_row(*(_cut(cell) if kind == "cut" else cell for (_, kind), cell in zip(named, row, strict=True)))
     return made
+
+
+def _cut(cell: str) -> Text:
+    """A cell that stays on its line, however narrow its column is."""
+    text = Text.from_markup(cell, overflow="ellipsis")
+    text.no_wrap = True
+    return text
 
 
 def parameter_table(params: Mapping[str, Any], title: str | None = None) -> Table:

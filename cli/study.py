@@ -120,7 +120,15 @@ def list_studies(
         ]
         for item in items
     ]
-    columns = [("#", "right"), "name", "state", ("trials", "right"), ("best", "right"), "sampler", "created (UTC)"]
+    columns = [
+        ("#", "right"),
+        ("name", "cut"),
+        "state",
+        ("trials", "right"),
+        ("best", "right"),
+        "sampler",
+        "created (UTC)",
+    ]
     output.out.print(output.table(None, columns, rows))
     for item in items:
         if item.get("unreadable"):

@@ -50,7 +50,7 @@ def list_tokens(json: Json = False) -> None:
     if json:
         output.print_json(found)
         return
-    columns = [("#", "right"), "name", "role", "state", "created", "last used"]
+    columns = [("#", "right"), ("name", "cut"), "role", "state", "created", "last used"]
     rows = [
         [str(t["id"]), output.escape(t["name"]), t["role"], t["state"], t["created"], t["used"] or "-"] for t in found
     ]

@@ -39,7 +39,7 @@ def list_trials(
         ("epoch", "right"),
         ("time", "right"),
         ("attempts", "right"),
-        "worker",
+        ("worker", "cut"),
         "reason",
     ]
     cells = [
@@ -92,7 +92,9 @@ def show(study: StudyName, trial: Number, url: Url = None, token: Token = None, 
         ]
         output.out.print()
         output.out.print(
-            output.table(None, [("attempt", "right"), "state", "worker", "device", "time", "reason"], rows)
+            output.table(
+                None, [("attempt", "right"), "state", ("worker", "cut"), ("device", "cut"), "time", "reason"], rows
+            )
         )
     if found["curve"]:
         output.out.print()

@@ -213,3 +213,21 @@ def test_what_workers_say_of_themselves_is_shown_intact_or_refused(service: Serv
     assert (worker["host"], worker["device"], worker["version"]) == (text, text, text)
     assert shown(text, service.page("/workers"))
     service.command("workers", "list")
+
+
+def test_a_long_name_is_cut_in_a_table_and_whole_in_json(service: Service) -> None:
+    device, worker = "d" * 500, "w" * 128
+    service.send("POST", "/workers", {"worker": worker, "host": "h", "devices": [device], "version": "1"})
+    listed = service.command("workers", "list").splitlines()
+    assert listed[0].split() == ["worker", "state", "device", "study/trial", "done", "last", "seen", "(UTC)"]
+    row = next(line for line in listed if line.startswith("www")).split()
+    assert [cell[-1] for cell in (row[0], row[2])] == ["…", "…"]
+    assert (row[1], row[3]) == ("idle", "-")
+    told = json.loads(service.command("workers", "list", "--json"))
+    assert any((item["worker"], item["device"]) == (worker, device) for item in told)
+
+    study = service.study(name="n" * 100)["study"]
+    service.send("POST", f"/studies/{study}/ask", {"worker": worker})
+    assert "nn… " in service.command("study", "list")
+    for command in (["trial", "list", str(study)], ["trial", "show", str(study), "0"]):
+        assert "ww… " in service.command(*command)
