@@ -9,8 +9,9 @@ import typer
 from cli import output
 from cli.remote import Json, StudyName, Token, Url, connect, find_study
 from hpo import yaml_document
+from hpo.errors import Fault, Invalid
 
-app = typer.Typer(help="List, show, compare, add, cancel and requeue trials.", no_args_is_help=True)
+app = typer.Typer(help="List, show, compare, add, correct, cancel and requeue trials.", no_args_is_help=True)
 Number = Annotated[int, typer.Argument(metavar="TRIAL", min=0, help="The trial's number.")]
 
 
@@ -174,6 +175,33 @@ def add(
         output.print_json(made)
     else:
         output.out.print(f"Trial {made['trial']} is {output.state(made['state'])}.")
+
+
+@app.command()
+def correct(
+    study: StudyName,
+    trial: Number,
+    value: Annotated[float | None, typer.Option(help="The value it should have had.")] = None,
+    infeasible: Annotated[
+        bool, typer.Option("--infeasible", help="It has none: its point cannot be evaluated.")
+    ] = False,
+    reason: Annotated[str, typer.Option(help="Why, for whoever looks at the trial.")] = "",
+    url: Url = None,
+    token: Token = None,
+    json: Json = False,
+) -> None:
+    """Correct the outcome of a trial that has ended; what is suggested next follows it."""
+    if (value is None) != infeasible:
+        raise Invalid([Fault("", "give --value or --infeasible, one of them")], "the command")
+    outcome = {"outcome": "infeasible"} if infeasible else {"value": value}
+    with connect(url, token) as client:
+        item = find_study(client, study)
+        made = client.patch(f"/api/v1/studies/{item['study']}/trials/{trial}", json={**outcome, "reason": reason})
+    if json:
+        output.print_json(made)
+    else:
+        shown = "" if infeasible else f" with value {output.value_of(made, item['workload'])}"
+        output.out.print(f"Trial {made['trial']} is {output.state(made['state'])}{shown}.")
 
 
 def _act(study: str, trial: int, action: str, url: str | None, token: str | None) -> None:

@@ -193,6 +193,26 @@ def test_points_of_ones_own_are_queued_recorded_and_cancelled(server: Server) ->
     assert "nu" in wrong.stderr
 
 
+def test_a_trial_is_corrected(server: Server) -> None:
+    server("study", "launch", "-", text=study("points"))
+    server("trial", "add", "points", "{eta: 0.01, mu: 0.5}", "--value", "0.5")
+    server("trial", "add", "points", "{eta: 0.02, mu: 0.5}", "--value", "0.9")
+    said = server("trial", "correct", "points", "0", "--value", "0.25", "--reason", "the wrong split")
+    assert (said.returncode, said.stdout) == (0, "Trial 0 is complete with value 25.0%.\n")
+    made = json.loads(server("trial", "correct", "points", "1", "--infeasible", "--json").stdout)
+    assert made["state"] == "infeasible"
+    best = json.loads(server("study", "best", "points", "--json").stdout)
+    assert [(item["trial"], item["value"], item["reason"]) for item in best] == [(0, 0.25, "the wrong split")]
+    for wrong in ([], ["--value", "0.1", "--infeasible"], ["--value", "nan"]):
+        refused = server("trial", "correct", "points", "0", *wrong)
+        assert refused.returncode == 2
+        assert "value" in refused.stderr
+    queued = json.loads(server("trial", "add", "points", "{eta: 0.03, mu: 0.5}", "--json").stdout)["trial"]
+    early = server("trial", "correct", "points", str(queued), "--value", "0.1")
+    assert early.returncode == 1
+    assert "only a trial that has ended" in early.stderr
+
+
 def test_a_bad_spec_exits_2_and_names_every_fault(server: Server) -> None:
     document = yaml.safe_load(study("bad"))
     document["space"][0]["low"] = 5
