@@ -29,7 +29,8 @@ Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Natural = Annotated[int, Field(ge=0, le=1_000_000)]
 NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
 """A parameter's name."""
-AnyName = Annotated[str, StringConstraints(min_length=1, max_length=500)]
+MAX_NAME = 500
+AnyName = Annotated[str, StringConstraints(min_length=1, max_length=MAX_NAME)]
 """Of studies and parameters that came by Whetlab's protocol; REST and pages give stricter names."""
 Label = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$")]
 
@@ -78,7 +79,7 @@ class StoredForm(StudyForm):
 class SeedForm(Form):
     """A study whose trials another one begins with."""
 
-    study: Annotated[int, Field(ge=0, lt=2**31)] | Annotated[str, StringConstraints(min_length=1, max_length=500)]
+    study: Annotated[int, Field(ge=0, lt=2**31)] | AnyName
     top: Annotated[int, Field(ge=1, le=1000)] = 10
 
 

@@ -11,9 +11,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from hpo.document import BIGGEST, SAMPLERS
+from hpo.document import BIGGEST, MAX_NAME, SAMPLERS
 from hpo.errors import Fault, Invalid
-from hpo.experiments import MAX_NAME, MAX_SIZE, OURS, PLACES
+from hpo.experiments import MAX_SIZE, OURS, PLACES
 from hpo.space import MAX_INTEGER, show
 from hpo.spec import EXTERNAL
 

@@ -24,7 +24,6 @@ from hpo.protocol import Value
 from hpo.space import Flat, Parameter, SearchSpace, show
 from hpo.spec import EXTERNAL, parse
 
-MAX_NAME = 500
 MAX_SIZE = 24
 PLACES = MAX_DIMENSIONS + 1
 """The most settings that an experiment has: every dimension one of its own, and the outcome."""

@@ -14,6 +14,7 @@ from api.pages.access import Actor, Reader
 from api.pages.base import Cursor, Hpo, Number, Study, router
 from api.pages.render import POLL_S, live, page
 from hpo import fixed, yaml_document
+from hpo.document import MAX_NAME
 from hpo.errors import Fault, Invalid
 from hpo.views import STUDY_STATES, TRIAL_STATES, ProgressPoint, StudyState, StudyView, TrialState
 
@@ -48,7 +49,7 @@ def studies(
     request: Request,
     _: Reader,
     hpo: Hpo,
-    name: Annotated[str, Query(max_length=100)] = "",
+    name: Annotated[str, Query(max_length=MAX_NAME)] = "",
     state: Annotated[StudyState | Literal[""], Query()] = "",
     cursor: Cursor = None,
 ) -> Response:

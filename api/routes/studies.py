@@ -13,6 +13,7 @@ from api.routes.base import Cursor, Document, Hpo, Limit, OnceOnly, StudyId, Wai
 from api.routes.base import router as api_router
 from hpo import export as exporting
 from hpo import spec
+from hpo.document import MAX_NAME
 from hpo.errors import Fault, Invalid
 from hpo.protocol import Wire
 from hpo.views import Page, ProgressPoint, StudyState, StudyView, TrialView
@@ -49,7 +50,12 @@ def launch(request: Request, response: Response, hpo: Hpo, sent: Document, once:
 def list_studies(
     hpo: Hpo,
     state: StudyState | None = None,
-    name: Annotated[str | None, Query(max_length=100, description="Only the study of this name.")] = None,
+    name: Annotated[
+        str | None,
+        Query(
+            max_length=MAX_NAME, description="Only studies whose name contains this, in any case; an equal one first."
+        ),
+    ] = None,
     cursor: Cursor = None,
     limit: Limit = 50,
 ) -> Page[StudyView]:

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from fastapi.testclient import TestClient
 
 from hpo import database
+from hpo.document import MAX_NAME
 from hpo.history import CANCELLED, History
 from hpo.storage import PostgresStorage
 from tests.integration.api_server import bearer, make_app
@@ -305,3 +306,15 @@ def test_what_is_not_there_or_gives_nothing_is_called_an_experiment(client: Test
         answer = client.post(f"/api/alpha/experiments/{script.id}/suggest/")
         assert answer.status_code == 409
         assert answer.json()["error"].startswith(says)
+
+
+def test_a_study_with_the_longest_name_is_found_by_it(client: TestClient) -> None:
+    name = "\U0001f332" * MAX_NAME
+    made = client.post("/api/alpha/experiments/", json={"name": name, "settings": [FLOAT, OUTCOME]}).json()["id"]
+    launched(client)
+    found = client.get(f"{V1}/studies", params={"name": name})
+    assert found.status_code == 200, found.text
+    assert [item["study"] for item in found.json()["items"]] == [made]
+    page = client.get("/", params={"name": name}, headers={"Accept": "text/html"})
+    assert (page.status_code, name in page.text, "swept" in page.text) == (200, True, False)
+    assert client.get(f"{V1}/studies", params={"name": name + "x"}).status_code == 422
