@@ -56,6 +56,10 @@ class Changed(Exception):
     """Somebody was quicker: all is looked at again."""
 
 
+class TooLarge(Changed):
+    """The first of the queue is beyond the device that asks; there may be others. The message is for people."""
+
+
 class Nothing(Exception):
     """The study has no lease to give; the reason is for people."""
 
@@ -74,7 +78,8 @@ class Asking:
     def __init__(self, desk: Desk, principal: Principal, request: ClaimRequest | AskRequest, once: Once | None) -> None:
         self._desk = desk
         self._once = once
-        self._skip: list[int] = []
+        self._passed: list[int] = []
+        self._beyond: list[int] = []
         self.who: dict[str, Any] = {
             "worker": request.worker,
             "device": storable(request.device) if isinstance(request, ClaimRequest) else "",
@@ -86,6 +91,13 @@ class Asking:
             "digest": None if once is None else once.digest,
             "format": HISTORY_FORMAT,
         }
+        self.memory: int | None = self.who["memory"]
+        """Of the device, in bytes: as the request says or, after a look, as its worker once said."""
+
+    @property
+    def _skip(self) -> list[int]:
+        """What waits in the queue for a larger device."""
+        return [*self._passed, *self._beyond]
 
     def look(self, study: int | None, known: Known | None) -> dict[str, Any]:
         """Look at `study`, or at any (None; `known` is then the likeliest). `known`'s history is caught up.
@@ -100,6 +112,7 @@ class Asking:
             if not known.history.version:
                 known.history.refresh()  # a cold one is read in bulk, once
             cursor = known.history.cursor().arguments()
+            self._beyond = known.suggester.beyond(self.memory)
         guess = None if known is None else known.study
         seen: dict[str, Any] = database.call(
             self._desk.engine, LOOK, self.who | cursor | {"study": study, "guess": guess, "skip": self._skip}
@@ -117,6 +130,8 @@ class Asking:
         if seen["worker"] is not None and seen["worker"]["draining"]:
             self.heard_of(seen)
             raise Answered(None)
+        if self.memory is None and seen["worker"] is not None:
+            self.memory = seen["worker"]["memory_bytes"]
         if known is not None and seen.get("study") == known.study:
             check_format(known.study, seen["format"])
             known.history.apply(seen["changes"])
@@ -124,7 +139,7 @@ class Asking:
 
     def pass_over(self, head: Head) -> None:
         """Look beyond a queued trial from now on: it waits for a larger device."""
-        self._skip.append(head.trial_id)
+        self._passed.append(head.trial_id)
 
     def heard_of(self, seen: Mapping[str, Any]) -> None:
         """Take down that the worker lives, if nobody has of late."""

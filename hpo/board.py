@@ -9,20 +9,16 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
-
-from optuna.trial import TrialState
+from collections.abc import Sequence
 
 from hpo.records import Key
 from hpo.snapshot import Entry, changed
-from hpo.space import SearchSpace
 
 
 class Board:
-    """What was tried, by points of one space. Safe to share between threads."""
+    """What was tried, by points of one space, which the entries were checked by. Safe to share between threads."""
 
-    def __init__(self, space: SearchSpace) -> None:
-        self._space = space
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._entries: Sequence[Entry] = ()
         self._tried: Counter[Key] = Counter()
@@ -49,9 +45,5 @@ class Board:
 
     def _keys(self, entry: Entry) -> list[Key]:
         """The point that an entry stands for: none where it was cancelled, or is no point of the space."""
-        if entry.key is not None:
-            return [] if entry.cancelled else [entry.key]
-        # A queued point waits with its values in an attribute: it will be tried, so it is not suggested as well.
-        fixed = entry.mark("fixed_params") if entry.state == TrialState.WAITING else None
-        key = self._space.key(fixed) if isinstance(fixed, Mapping) else None
-        return [] if key is None else [key]
+        # What is queued will be tried, so it is not suggested as well.
+        return [] if entry.planned is None or entry.cancelled else [entry.planned]

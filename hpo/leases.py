@@ -18,16 +18,17 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from hpo import events, studies, trials, writing
-from hpo.asking import Answered, Asking, Changed, Head, Nothing
+from hpo.asking import Answered, Asking, Changed, Head, Nothing, TooLarge
 from hpo.desk import Desk, Known, lock, log, storable
 from hpo.errors import Busy, Conflict, DatabaseUnavailable, KeyReused, NotFound
 from hpo.idempotency import Once
 from hpo.protocol import MAX_WAIT_S, AskRequest, ClaimRequest, Lease, Value
-from hpo.suggest import NothingFeasible, TooSmall
+from hpo.suggest import NothingFeasible, TooSmall, too_small
 from hpo.tokens import Principal
 
 MAX_ROUNDS = 50
-"""A round fails only because somebody else got on; after so many in a row the others are given way to."""
+"""A round fails because somebody else got on, or because a queued point that is new or not whole is too large for the
+device; after so many in a row the others are given way to."""
 FAILURES_BEFORE_PAUSE = 3
 BUSY = "the study is busy with other requests: ask again"
 SHORTLY_S = 0.05
@@ -128,11 +129,15 @@ def _from_study(desk: Desk, known: Known, asking: Asking, wait_s: float) -> Leas
                 if not took:
                     raise Busy(BUSY)
             return _of_look(desk, known, asking, asking.look(study, known))
+        except TooLarge as one:
+            beyond = str(one)
         except Changed:
-            continue
+            beyond = ""
         finally:
             if took:
                 known.sampling.release()
+    if beyond:
+        raise Nothing(beyond)
     log.warning("study %d changed %d times while a trial of it was being leased", study, MAX_ROUNDS)
     raise Busy(BUSY)
 
@@ -140,14 +145,11 @@ def _from_study(desk: Desk, known: Known, asking: Asking, wait_s: float) -> Leas
 def _of_look(desk: Desk, known: Known, asking: Asking, seen: Mapping[str, Any]) -> Lease:
     """Lease what the look has found, a new point if there is no queue. The caller holds the study's sampling lock."""
     head = _allowed(known, seen)
-    memory = asking.who["memory"]
-    if memory is None and seen["worker"] is not None:
-        memory = seen["worker"]["memory_bytes"]
     if head is not None and head.whole:
-        if known.suggester.fits(dict(head.given), memory):
+        if known.suggester.fits(dict(head.given), asking.memory):
             return asking.lease(known, head, None, head.number)
         asking.pass_over(head)
-        raise Changed
+        raise TooLarge(too_small(asking.memory))
     number = seen["next"] if head is None else head.number
     given: dict[str, Value] = dict(seen["fixed"])
     if head is not None:
@@ -157,14 +159,14 @@ def _of_look(desk: Desk, known: Known, asking: Asking, seen: Mapping[str, Any]) 
             raise Changed
         given |= head.given
     try:
-        suggestion = known.suggester.next(number, given, memory)
+        suggestion = known.suggester.next(number, given, asking.memory)
     except (NotFound, DatabaseUnavailable):
         raise
     except TooSmall as error:
         if head is None:
             raise Nothing(str(error)) from error
         asking.pass_over(head)
-        raise Changed from error
+        raise TooLarge(str(error)) from error
     except Exception as error:
         if head is not None and isinstance(error, NothingFeasible):
             # A queued point that cannot be completed must not stand in the way of the whole study.

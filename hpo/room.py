@@ -10,6 +10,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+
+from optuna.trial import TrialState
 
 from hpo.protocol import Sized, Workload
 from hpo.records import Key
@@ -39,6 +42,7 @@ class Marks:
         self._lock = threading.Lock()
         self._entries: Sequence[Entry] = ()
         self._found: dict[int, Mark] = {}  # by place among the entries
+        self._queued: dict[int, Queued] = {}  # the same
 
     def __len__(self) -> int:
         return len(self._found)
@@ -49,11 +53,24 @@ class Marks:
             if entries is self._entries:
                 return
             found = {place: mark for place, mark in self._found.items() if place < len(entries)}
+            for place in range(len(entries), len(self._entries)):
+                self._queued.pop(place, None)
             for place in changed(self._entries, entries):
                 found.pop(place, None)
+                self._queued.pop(place, None)
                 if (mark := self._mark(entries[place])) is not None:
                     found[place] = mark
+                elif entries[place].state == TrialState.WAITING:
+                    self._queued[place] = Queued(entries[place], self)
             self._entries, self._found = entries, found
+
+    def beyond(self, memory_bytes: int | None) -> list[int]:
+        """Return the ids of the queued trials whose points, where they are complete, a device has no room for."""
+        room = self.room(memory_bytes)
+        if not room.limited:
+            return []
+        with self._lock:
+            return [one.trial_id for one in self._queued.values() if not room.takes(one.entry.planned, one.size)]
 
     def size(self, point: Flat) -> float | None:
         """How large a point is, in the workload's own unit; None where it cannot tell."""
@@ -68,11 +85,28 @@ class Marks:
     def key(self, point: Flat) -> Key | None:
         return self._spec.space.key(point)
 
+    def point(self, key: Key) -> Flat:
+        return dict(zip(self._spec.space.names, key, strict=True))
+
     def _mark(self, entry: Entry) -> Mark | None:
         size = entry.mark(OUT_OF_MEMORY)
         if isinstance(size, bool) or not isinstance(size, int) or size <= 0 or entry.key is None:
             return None
-        return Mark(size, entry.key, self.size(dict(zip(self._spec.space.names, entry.key, strict=True))))
+        return Mark(size, entry.key, self.size(self.point(entry.key)))
+
+
+class Queued:
+    """A queued trial; how large its point is, where it is complete, is found out when that matters."""
+
+    def __init__(self, entry: Entry, marks: Marks) -> None:
+        self.trial_id = entry.trial_id
+        self.entry = entry
+        self._marks = marks
+
+    @cached_property
+    def size(self) -> float | None:
+        key = self.entry.planned
+        return None if key is None else self._marks.size(self._marks.point(key))
 
 
 class Room:
@@ -84,11 +118,17 @@ class Room:
         self._keys = {mark.key for mark in relevant}
         self._least = min((mark.size for mark in relevant if mark.size is not None), default=None)
 
+    @property
+    def limited(self) -> bool:
+        """Whether anything is known that does not fit."""
+        return bool(self._keys)
+
     def holds(self, point: Flat) -> bool:
         """Whether nothing says that this complete point would run out of memory here."""
-        if not self._keys:
+        if not self.limited:
             return True
-        if self._marks.key(point) in self._keys:
-            return False
-        size = None if self._least is None else self._marks.size(point)
-        return size is None or self._least is None or size < self._least
+        return self.takes(self._marks.key(point), None if self._least is None else self._marks.size(point))
+
+    def takes(self, key: Key | None, size: float | None) -> bool:
+        """The same of a point's key and size."""
+        return key not in self._keys and (size is None or self._least is None or size < self._least)

@@ -39,6 +39,7 @@ class Entry:
         infeasible: a violated constraint on a COMPLETE trial, also one that stock Optuna set.
         cancelled: ended by a person.
         key: what makes its point the same as another's; None where it is no point of the study's space (`checked`).
+        planned: the same, also of a queued point, which waits with its values in an attribute.
     """
 
     def __init__(self, source: Record | FrozenTrial, space: SearchSpace | None = None) -> None:
@@ -112,6 +113,13 @@ class Entry:
         if isinstance(self._source, Record):
             return self._source.shape.key(self._source.internals, self._space)
         return _key(self._source.params, self._space)
+
+    @cached_property
+    def planned(self) -> Key | None:
+        if self.key is not None or self._space is None or self.state != TrialState.WAITING:
+            return self.key
+        fixed = self.mark("fixed_params")
+        return self._space.key(fixed) if isinstance(fixed, Mapping) else None
 
     @property
     def _marks(self) -> Mapping[str, Any]:

@@ -95,7 +95,7 @@ class Chooser:
 
     def __init__(self, spec: StudySpec, workload: Workload | None = None, opening: Opening | None = None) -> None:
         self.spec = spec
-        self.board = Board(spec.space)
+        self.board = Board()
         self.marks = Marks(spec, workload)
         self._workload = workload
         self._opening = opening or partial(Session, table=Table(spec.space))
@@ -120,7 +120,7 @@ class Chooser:
         room = self.marks.room(memory_bytes)
         if len(given) == len(space.names):
             if not room.holds(given):
-                raise TooSmall(_too_small(memory_bytes))
+                raise TooSmall(too_small(memory_bytes))
             return _as_given(spec, given, self._workload)
         picked = pick(spec, snapshot) if spec.sampler.name == "auto" else None
         if picked is not None:
@@ -138,7 +138,7 @@ class Chooser:
         rng = np.random.default_rng(derive(root, number, 1))
         found = search.by_chance(rng)
         if found is None:
-            raise TooSmall(_too_small(memory_bytes))
+            raise TooSmall(too_small(memory_bytes))
         return replace(_suggestion(space, found, Asked({}, {}, asked.study_attributes)), pick=picked)
 
 
@@ -177,7 +177,7 @@ def _as_given(spec: StudySpec, point: Flat, workload: Workload | None) -> Sugges
     return stored(spec.space, point)
 
 
-def _too_small(memory_bytes: int | None) -> str:
+def too_small(memory_bytes: int | None) -> str:
     size = f"{(memory_bytes or 0) / 2**30:.1f} GiB"
     return (
         f"the memory of this device ({size}) is too small for what is left to try: such points ran out of memory on "

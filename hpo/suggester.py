@@ -154,6 +154,13 @@ class Suggester:
         self._chooser.marks.update(self._history.snapshot(self.spec.space).entries)
         return len(point) < len(self.spec.space.names) or self._chooser.marks.room(memory_bytes).holds(point)
 
+    def beyond(self, memory_bytes: int | None) -> list[int]:
+        """The ids of the queued trials that such a device has no room for, as far as the history knows."""
+        if memory_bytes is None or not self.marked:
+            return []
+        self._chooser.marks.update(self._history.snapshot(self.spec.space).entries)
+        return self._chooser.marks.beyond(memory_bytes)
+
     @property
     def marked(self) -> bool:
         """Whether a trial has run out of memory: then not every device gets every point."""

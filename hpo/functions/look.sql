@@ -1,7 +1,8 @@
 -- What an ask has to know before it chooses a point, read at one moment.
 
 -- The first of a study's queue for a device of so much memory (NULL: unknown, so anything). `p_begun_only`: the budget
--- is spent, so only what was begun goes on. `p_skip`: trials that the caller knows to be beyond the device.
+-- is spent, so only what was begun goes on. `p_skip`: trials that the caller knows to be beyond the device; there may be
+-- thousands, and NOT IN is hashed where <> ALL is not.
 CREATE OR REPLACE FUNCTION whetstone.head(p_study integer, p_begun_only boolean, p_skip integer[])
 RETURNS TABLE (trial_id integer, number integer, begun boolean) LANGUAGE plpgsql STABLE AS $$
 BEGIN
@@ -9,14 +10,14 @@ BEGIN
     RETURN QUERY
         SELECT t.trial_id, t.number, true FROM whetstone.attempts a JOIN public.trials t ON t.trial_id = a.trial_id
         WHERE a.study_id = p_study AND a.state IN ('released', 'lost', 'stalled')
-          AND t.state = 'WAITING' AND t.trial_id <> ALL (p_skip)
+          AND t.state = 'WAITING' AND t.trial_id NOT IN (SELECT unnest(p_skip))
         ORDER BY t.number LIMIT 1;
     IF FOUND OR p_begun_only THEN
         RETURN;
     END IF;
     RETURN QUERY
         SELECT t.trial_id, t.number, false FROM public.trials t
-        WHERE t.study_id = p_study AND t.state = 'WAITING' AND t.trial_id <> ALL (p_skip)
+        WHERE t.study_id = p_study AND t.state = 'WAITING' AND t.trial_id NOT IN (SELECT unnest(p_skip))
         ORDER BY t.number LIMIT 1;
 END
 $$;

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 
 from hpo.errors import Fault
-from hpo.history import CONSTRAINT
+from hpo.history import CONSTRAINT, entry_of
 from hpo.protocol import Sized
 from hpo.room import OUT_OF_MEMORY, Marks
 from hpo.suggest import NothingFeasible, TooSmall, choose
@@ -118,3 +118,27 @@ def test_marks_follow_corrections() -> None:
     marks.update(())
     assert len(marks) == 0
     assert marks.room(8 * GIB).holds({"batch": 12})
+
+
+def test_what_is_queued_beyond_a_device_follows_corrections() -> None:
+    study = Study(spec_of("random", SPACE))
+    ran_out(study, 5, 8 * GIB)
+    for place, fixed in enumerate(({"batch": 4}, {"batch": 7}, {}, {"batch": "many"}), start=1):
+        waits = create_trial(state=TrialState.WAITING, system_attrs={"fixed_params": fixed})
+        waits.number = waits._trial_id = place
+        study.entries.append(entry_of(waits).checked_by(study.spec.space))
+    marks = Marks(study.spec, Measured())
+    marks.update(study.snapshot.entries)
+    assert marks.beyond(8 * GIB) == [2]
+    assert marks.beyond(9 * GIB) == marks.beyond(None) == []
+    corrected = Study(study.spec)
+    ran_out(corrected, 3, 8 * GIB)
+    marks.update((*corrected.entries, *study.entries[1:]))
+    assert marks.beyond(8 * GIB) == [1, 2]
+    marks.update((corrected.entries[0], corrected.entries[0], *study.entries[2:]))
+    assert marks.beyond(8 * GIB) == [2], "what was begun is queued no more"
+    marks.update((*corrected.entries, *study.entries[1:2]))
+    assert marks.beyond(8 * GIB) == [1]
+    study.entries[0] = study.entries[1]
+    marks.update(study.entries[:2])
+    assert marks.beyond(8 * GIB) == []

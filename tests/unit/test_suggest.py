@@ -154,7 +154,7 @@ def test_what_was_tried_follows_corrections_and_trials_that_are_gone() -> None:
     for place in range(4):
         study.add(choose(study.spec, study.snapshot, place, fixed=space.point(place)), TrialState.COMPLETE, 1.0)
     keys = [space.key(space.point(place)) for place in range(5)]
-    board = Board(space)
+    board = Board()
     board.update(study.snapshot.entries)
     assert [board.tried(key, None) for key in keys] == [True, True, True, True, False]
     assert not board.tried(keys[1], but=study.entries[1])
