@@ -20,8 +20,8 @@ from torch import Tensor
 _BITS = {torch.bfloat16: torch.int16, torch.float32: torch.int32}
 _POOL_BYTES = 2**21
 """A convolution's output is pooled while that much of it is in the cache."""
-_GRADIENT_BYTES = 2**27
-"""Gradients of feature maps held at once: few pieces, for a convolution's gradient is slow below some 64 images."""
+_GRADIENT_BYTES = 2**23
+"""Gradients of feature maps held at once: larger blocks of memory come fresh from the operating system each time."""
 _IMAGES = 16
 """At least so many go through a convolution of several channels at once."""
 _SMALL = 6
