@@ -50,10 +50,10 @@ def progress(
     head = Table.grid(padding=(0, 2))
     head.add_row(
         "",
-        ProgressBar(total=total, completed=done, width=30),
+        ProgressBar(total=total, completed=done, width=16),
         f"[bold]{done}[/] of {total} trials",
-        f"best so far [bold green]{output.value_of(study['best'], 'siamese')}[/]",
-        f"{output.seconds(elapsed)} gone, {'about ' + output.seconds(left) + ' left' if left is not None else '...'}",
+        f"best [bold green]{output.value_of(study['best'], 'siamese')}[/]",
+        f"{output.seconds(elapsed)}, {_left(left)}",
     )
     rows = Table.grid(padding=(0, 2))
     for trial in sorted(running, key=lambda t: int(t["trial"])):
@@ -62,6 +62,12 @@ def progress(
             f"  trial {trial['trial']:>2}", output.state("running"), epoch, output.escape(trial["worker"] or "")
         )
     return Group(Text(), head, rows)
+
+
+def _left(seconds: float | None) -> str:
+    if seconds is None:
+        return "..."
+    return f"about {output.seconds(seconds)} left" if seconds >= 1 else "nearly done"
 
 
 def result_table(result: dict[str, Any]) -> RenderableType:

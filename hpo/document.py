@@ -214,6 +214,34 @@ PRUNERS: dict[str, type[Form]] = {
 M = TypeVar("M", bound=Form)
 
 
+def in_order(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A study's document as people write it, name first: PostgreSQL's JSONB puts keys into an order of its own.
+
+    Takes what is stored, so what this release does not know stands at the end of its part.
+    """
+    ordered = _in_order(StudyForm, document)
+    for part, forms in (("sampler", SAMPLERS), ("pruner", PRUNERS)):
+        if isinstance(chosen := ordered.get(part), Mapping):
+            ordered[part] = _in_order(forms.get(str(chosen.get("name")), Form), chosen, first=("name",))
+    if isinstance(budget := ordered.get("budget"), Mapping):
+        ordered["budget"] = _in_order(BudgetForm, budget)
+    if isinstance(space := ordered.get("space"), list):
+        ordered["space"] = [
+            _in_order(PARAMETERS.get(str(entry.get("type")), Form), entry, ("name", "type"), ("labels", "tied"))
+            if isinstance(entry, Mapping)
+            else entry
+            for entry in space
+        ]
+    return ordered
+
+
+def _in_order(
+    form: type[Form], part: Mapping[str, Any], first: tuple[str, ...] = (), last: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    between = [key for key in (*form.model_fields, *part) if key not in last]
+    return {key: part[key] for key in dict.fromkeys((*first, *between, *last)) if key in part}
+
+
 def tidy(document: object, at: str = "") -> tuple[list[Fault], bool]:
     """Find what no field may hold: text that Postgres refuses, numbers that are not finite, things that are not JSON.
 

@@ -18,6 +18,7 @@ import yaml
 
 from hpo import answers, statements, studies, trials
 from hpo.desk import Desk, Known
+from hpo.document import in_order
 
 FORMAT = 1
 # All pages of an export are read from one state of the database.
@@ -49,6 +50,7 @@ def document(desk: Desk, study: int) -> dict[str, Any]:
         conn.execute(ONE_STATE)
         known = desk.known(conn, study)
         view = studies.view_of(conn, known).model_dump(mode="json")
+        view["spec"] = in_order(view["spec"])
         found = list(_trials(conn, known))
     best = view.pop("best")
     point = None

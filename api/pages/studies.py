@@ -14,7 +14,7 @@ from api.pages.access import Actor, Reader
 from api.pages.base import Cursor, Hpo, Number, Study, router
 from api.pages.render import POLL_S, live, page
 from hpo import fixed, yaml_document
-from hpo.document import MAX_NAME
+from hpo.document import MAX_NAME, in_order
 from hpo.errors import Fault, Invalid
 from hpo.views import STUDY_STATES, TRIAL_STATES, ProgressPoint, StudyState, StudyView, TrialState
 
@@ -252,6 +252,7 @@ def _config(
         at_fault={fault.at for fault in faults},
         typed_fixed=(yaml_document.write(study.fixed) if study.fixed else "") if typed_fixed is None else typed_fixed,
         fixed_faults=fixed_faults,
+        document=yaml_document.write(in_order(study.spec)),
     )
 
 

@@ -15,6 +15,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hpo.document import in_order
 from hpo.errors import Fault, Invalid
 from hpo.fixed import merged, replacing
 from hpo.spec import UNSET, dump, load, parse, parse_change, parse_trial
@@ -81,6 +82,23 @@ def test_a_document_survives_being_written_out_and_read_again() -> None:
     assert load(json.loads(text)) == spec
     assert spec.points[1] == {"lambda[conv1]": 0.05, "lambda[conv2]": 0.05, "batch": 16}
     assert (spec.sampler.name, spec.pruner.name, spec.max_attempts, spec.direction) == ("tpe", "none", 3, "maximize")
+
+
+def test_a_document_out_of_order_is_written_as_people_write_it() -> None:
+    def as_jsonb(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: as_jsonb(value[key]) for key in sorted(value, key=lambda key: (len(key), key))}
+        return [as_jsonb(part) for part in value] if isinstance(value, list) else value
+
+    made = dump(parse(document(), WORKLOADS)) | {"space": [*DOCUMENT["space"], 3], "newer": {"b": 1, "a": 2}}
+    ordered = in_order(as_jsonb(made))
+    assert ordered == made
+    assert [*ordered][:3] == ["name", "description", "notes"]
+    assert [*ordered][-1] == "newer"
+    assert [[*entry] for entry in ordered["space"][:-1]] == [[*entry] for entry in DOCUMENT["space"]]
+    assert [*ordered["sampler"]][:2] == ["name", "n_startup_trials"]
+    assert [*ordered["budget"]] == ["trials", "hours", "target"]
+    assert in_order({"sampler": "tpe", "space": {}, "budget": None}) == {"sampler": "tpe", "space": {}, "budget": None}
 
 
 def test_a_stored_spec_is_read_back_after_jsonb_rewrote_its_numbers_and_without_its_workload() -> None:
