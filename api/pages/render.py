@@ -19,7 +19,6 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from api.pages import words
-from hpo import yaml_document
 
 HERE = Path(__file__).parent.parent
 STATIC = HERE / "static"
@@ -70,7 +69,6 @@ def _environment() -> jinja2.Environment:
         words.spread,
     ):
         made.filters[filter_.__name__] = filter_
-    made.filters["yaml"] = yaml_document.write
     made.globals.update(static=static_url, states=words.STATES, meanings=words.MEANINGS)
     return made
 
