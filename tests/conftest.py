@@ -15,9 +15,15 @@ import pytest
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One computing thread a test process: the suite runs in several."""
+    """One computing thread a test process: the suite runs in several. Hypothesis draws the same each time, in any."""
+    from hypothesis import HealthCheck, settings
+
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
+    settings.register_profile(
+        "whetstone", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile("whetstone")
 
 
 @pytest.fixture(scope="session")

@@ -234,7 +234,7 @@ some = st.lists(st.sampled_from(sorted(VALUES)), max_size=4, unique=True).flatma
 
 
 @given(some)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_document_reads_as_the_recipe_that_wrote_it(document: dict[str, Any]) -> None:
     faults = WORKLOAD.check({**MINI, **document})
     assume(not faults)
@@ -245,7 +245,7 @@ def test_a_document_reads_as_the_recipe_that_wrote_it(document: dict[str, Any]) 
 
 
 @given(st.fixed_dictionaries({}, optional=VALUES))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_whatever_contradicts_itself_no_fault_is_named_twice(document: dict[str, Any]) -> None:
     faults = WORKLOAD.check({**MINI, **document})
     assert len(set(faults)) == len(faults)

@@ -8,8 +8,7 @@ import sys
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given
-from hypothesis import settings as hypothesis_settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from model.geometry import MINI, PAPER, Conv, NetConfig
@@ -260,7 +259,6 @@ names = st.sampled_from(["net", "filters", "kernel", "fc", *HYPERPARAMETERS, *SE
 )
 
 
-@hypothesis_settings(suppress_health_check=[HealthCheck.too_slow])  # on a busy machine the first example may be
 @given(st.dictionaries(names, anything, max_size=5), st.dictionaries(names, anything, max_size=5), st.booleans())
 def test_whatever_comes_in_is_answered_in_words_that_can_be_sent(settings: Any, point: Any, sane: bool) -> None:
     if sane:

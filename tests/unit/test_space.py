@@ -79,7 +79,7 @@ def spaces(draw: st.DrawFn) -> SearchSpace:
     return space_of(*entries)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(space=spaces(), seed=st.integers(0, 2**32 - 1))
 def test_nesting_and_flattening_any_point_gives_it_back_in_order_and_type(space: SearchSpace, seed: int) -> None:
     flat = space.random(np.random.default_rng(seed))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpo.document import in_order
@@ -288,7 +288,7 @@ wild = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300)
 @given(field=fields, value=wild, place=st.integers(0, 3), inside=st.booleans())
 def test_no_value_anywhere_does_worse_than_be_refused_in_clean_text(
     field: str, value: Any, place: int, inside: bool

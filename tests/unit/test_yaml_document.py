@@ -46,7 +46,7 @@ json_values = st.recursive(
 )  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @example({"a": "1e3", "b": "2024-01-01", "c": "no", "d": "null", "e": "0x10", "f": ".5", "g": "1_0.0"})
 @given(st.dictionaries(st.text("abcxyz_", min_size=1), json_values, min_size=1, max_size=5))
 def test_what_is_written_is_read_back_the_same(value: dict[str, object]) -> None:
@@ -55,7 +55,7 @@ def test_what_is_written_is_read_back_the_same(value: dict[str, object]) -> None
     assert yaml.safe_load(text) == value, "and by any other reader of YAML"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(max_size=200) | st.text("[]{}:,&*!|>-?# \n\t'\"a1.e%@`~", max_size=200))
 def test_whatever_is_typed_the_answer_is_a_mapping_or_a_fault(text: str) -> None:
     try:
