@@ -126,7 +126,7 @@ def test_no_work_is_left_while_somebody_waits() -> None:
                 brought += pieces
                 shop.bring(pieces)
             await asyncio.sleep(chance.choice([0.0, 0.001, 0.01]))
-        for _ in range(200):
+        for _ in range(1000):
             if shop.work == 0 or all(claim.done() for claim in claims):
                 break
             await asyncio.sleep(0.05)

