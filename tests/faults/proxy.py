@@ -35,6 +35,7 @@ class _Link:
         self.greeted = False  # the first message has no type
         self.pid: int | None = None
         self.mute = False  # the answer to the query under way is not passed on
+        self.heard = b""  # the last bytes of the server: a message may come in pieces
 
     def queries(self, data: bytes) -> list[tuple[bool, bytes]]:
         """Split what the client sent into whole messages; tell of each whether it is a query."""
@@ -191,11 +192,13 @@ class Proxy:
         return True
 
     def _answer(self, link: _Link, data: bytes) -> None:
-        if link.pid is None and (at := data.find(_KEY_DATA)) >= 0:
-            (link.pid,) = struct.unpack("!i", data[at + 5 : at + 9])
+        heard = link.heard + data
+        link.heard = heard[-8:]
+        if link.pid is None and 0 <= (at := heard.find(_KEY_DATA)) <= len(heard) - 9:
+            (link.pid,) = struct.unpack("!i", heard[at + 5 : at + 9])
         if not link.mute:
             link.client.sendall(data)
-        elif data[-6:-1] == _READY:
+        elif heard[-6:-1] == _READY:
             self._drop(link)
 
     def _drop(self, link: _Link) -> None:

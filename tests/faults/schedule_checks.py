@@ -8,6 +8,7 @@ sentence each.
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -112,6 +113,11 @@ STANDING = f"""
     FROM whetstone.studies s WHERE s.study_id = ANY(%(studies)s)
 """
 
+_BUSY = """
+    SELECT count(*) > 0 AS busy FROM pg_stat_activity
+    WHERE datname = current_database() AND state <> 'idle' AND pid <> pg_backend_pid()
+"""
+
 # All that a repeated call must leave as it was: everything but the times of renewal.
 _WHOLE = {
     "studies": "SELECT to_jsonb(x) FROM whetstone.studies x WHERE study_id = ANY(%(studies)s) ORDER BY study_id",
@@ -179,6 +185,13 @@ class Auditor:
             table: json.dumps([row[0] for row in self.rows(statement)], sort_keys=True)
             for table, statement in _WHOLE.items()
         }
+
+    def settle(self) -> None:
+        """Wait until nothing is being done any more: what was cut off, or its coordinator killed, ends by itself."""
+        end = time.monotonic() + 60
+        while any(row.busy for row in self.rows(_BUSY)):
+            assert time.monotonic() < end, "PostgreSQL is busy with a query that nobody waits for"
+            time.sleep(0.01)
 
     def close(self) -> None:
         self._conn.close()

@@ -242,8 +242,8 @@ class Place:
         self.desk.close()
         self.proxy.close()
 
-    def came_by(self, since: float) -> bool:
-        """Whether its reaper has come and gone since then with a whole term without a gap behind it: it could act."""
+    def came_by(self, since: float, until: float) -> bool:
+        """Whether its reaper came and went in that time with a whole term without a gap behind it: it could act."""
         gap_s = GAP_TERMS * self._house.term_s * 0.9
         unbroken, before = 0.0, -1e9
         for came, went, fine in list(self.ticks):
@@ -252,7 +252,7 @@ class Place:
                 continue
             if went - before > gap_s:
                 unbroken = went  # contact begins anew
-            elif came >= since and came - unbroken > self._house.term_s:
+            elif came >= since and went <= until and came - unbroken > self._house.term_s:
                 return True
             before = came
         return False
@@ -284,9 +284,9 @@ class House:
             for place in self.places:
                 place.desk.go_on()
 
-    def came_by(self, since: float) -> bool:
-        """Whether some coordinator could have acted on a lease that was over at that time."""
-        return any(place.came_by(since) for place in self.places)
+    def came_by(self, since: float, until: float) -> bool:
+        """Whether some coordinator could have acted in that time on a lease that was over at its beginning."""
+        return any(place.came_by(since, until) for place in self.places)
 
     def close(self) -> None:
         for place in self.places:
