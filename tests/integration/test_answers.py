@@ -29,7 +29,7 @@ from tests.integration.leases_harness import (
     study,
     tell,
 )
-from tests.integration.pages_app import SIAMESE
+from tests.integration.pages.app import SIAMESE
 
 
 def answers(right: str) -> TaskAnswers:

@@ -12,8 +12,9 @@ from starlette.testclient import TestClient
 
 from api.auth import COOKIE, OneTimeLink
 from api.pages.access import local_path
+from hpo import tokens
 from hpo.coordinator import Coordinator
-from tests.integration.pages_app import EXTERNAL, PRESETS, SECRETS, browser, make_app, sign_in
+from tests.integration.pages.app import EXTERNAL, PRESETS, SECRETS, browser, make_app, sign_in
 
 HOST = "http://testserver"
 
@@ -26,13 +27,6 @@ def link() -> OneTimeLink:
 @pytest.fixture
 def app(engine: sa.Engine, tmp_path: Path, link: OneTimeLink) -> FastAPI:
     return make_app(engine, tmp_path, link)
-
-
-@pytest.fixture
-def hpo(app: FastAPI) -> Coordinator:
-    made = app.state.coordinator
-    assert isinstance(made, Coordinator)
-    return made
 
 
 @pytest.fixture
@@ -242,3 +236,42 @@ def test_no_page_comes_from_elsewhere_and_the_api_viewer_is_gone(client: TestCli
     assert client.get("/docs").status_code == 404
     assert client.get("/redoc").status_code == 404
     assert client.get("/openapi.json").status_code == 200
+
+
+# Being over
+
+
+def test_a_session_that_is_over_leads_to_the_sign_in_page_and_back(engine: sa.Engine, app: FastAPI) -> None:
+    with browser(app) as client:
+        sign_in(client, "admin")
+        assert client.get("/studies/new").status_code == 200
+        with engine.begin() as conn:
+            conn.execute(sa.text("UPDATE whetstone.sessions SET expires_at = clock_timestamp() - interval '1 s'"))
+        answer = client.get("/workers?x=1")
+        assert answer.status_code == 303
+        assert answer.headers["location"] == "/login?next=/workers%3Fx%3D1"
+        polled = client.get("/workers", headers={"HX-Request": "true", "HX-Current-URL": "http://testserver/workers"})
+        assert polled.status_code == 401
+        assert polled.headers["hx-redirect"] == "/login?next=/workers"
+        assert client.post("/studies/new", data={}).headers["location"] == "/login"
+
+
+def test_a_revoked_token_ends_the_sessions_it_opened(engine: sa.Engine, app: FastAPI) -> None:
+    token_id, secret = tokens.create(engine, "somebody", "viewer")
+    with browser(app) as client:
+        answer = client.post("/login", data={"token": f" {secret}\n", "next": "/workers"})
+        assert answer.headers["location"] == "/workers"
+        assert client.get("/").status_code == 200
+        assert secret not in str(client.cookies.get(COOKIE))
+        tokens.revoke(engine, token_id)
+        assert client.get("/").status_code == 303
+
+
+def test_signing_out_ends_the_session_everywhere(app: FastAPI) -> None:
+    with browser(app) as client:
+        sign_in(client, "admin")
+        cookie = client.cookies[COOKIE]
+        answer = client.post("/logout")
+        assert answer.headers["location"] == "/login"
+        client.cookies.set(COOKIE, cookie)
+        assert client.get("/").status_code == 303, "the secret is dead, not only the cookie gone"

@@ -2,38 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
-import pytest
-import sqlalchemy as sa
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from hpo.coordinator import Coordinator
 from hpo.protocol import TaskAnswers
 from tests.integration.leases_harness import must_claim, tell
-from tests.integration.pages_app import SIAMESE, browser, make_app, sign_in
-from tests.integration.test_pages import text_of
-
-
-@pytest.fixture
-def app(engine: sa.Engine, tmp_path: Path) -> FastAPI:
-    return make_app(engine, tmp_path)
-
-
-@pytest.fixture
-def hpo(app: FastAPI) -> Coordinator:
-    made = app.state.coordinator
-    assert isinstance(made, Coordinator)
-    return made
-
-
-@pytest.fixture
-def viewer(app: FastAPI) -> Iterator[TestClient]:
-    with browser(app) as client:
-        sign_in(client, "viewer")
-        yield client
+from tests.integration.pages.app import SIAMESE, browser, text_of
 
 
 def two_trials(hpo: Coordinator) -> int:

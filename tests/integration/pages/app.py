@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from starlette.testclient import TestClient
 from api.app import create_app
 from api.auth import OneTimeLink
 from hpo.coordinator import Coordinator
+from hpo.protocol import ClaimRequest, EpochReport, ReportRequest, TellRequest
 from hpo.tokens import Principal
 from model.spec import SiameseWorkload
 
@@ -36,6 +39,7 @@ SIAMESE: dict[str, Any] = {
     "settings": {"net": "mini", "epochs": 2},
     "budget": {"trials": 3},
 }
+WORKER = Principal(id="test:worker", role="worker", name="worker")
 PRESETS = {"mini": {**SIAMESE, "name": "mini"}}
 
 
@@ -64,3 +68,27 @@ def browser(app: FastAPI) -> TestClient:
 def sign_in(client: TestClient, role: str) -> None:
     answer = client.post("/login", data={"token": SECRETS[role]})
     assert answer.status_code == 303, answer.text
+
+
+def text_of(page: str) -> str:
+    """What a reader sees: markup gone, entities read, white space folded."""
+    return re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]*>", " ", page)))
+
+
+def trained(hpo: Coordinator, worker: str = "w1", **told: Any) -> tuple[int, int]:
+    """Claim a trial, report two epochs and tell its outcome. Returns (study, trial)."""
+    lease = hpo.claim(ClaimRequest(worker=worker, device="cpu"), WORKER)
+    assert lease is not None
+    epochs = [
+        EpochReport(epoch=n, value=0.3 + 0.1 * n, metrics={"accuracy": 0.3 + 0.1 * n, "loss": 0.6 - 0.1 * n})
+        for n in (0, 1)
+    ]
+    hpo.report(lease.lease, ReportRequest(token=lease.token, reports=epochs, checkpoint_epoch=1), WORKER)
+    outcome = {"outcome": "complete", "value": 0.713, **told}
+    hpo.tell(lease.lease, TellRequest(token=lease.token, **outcome), WORKER)
+    return lease.study, lease.trial
+
+
+def form(**over: str) -> dict[str, str]:
+    """The launch form as a browser sends it."""
+    return {"preset": "mini", "document": "", "name": "", **over}
