@@ -1,4 +1,4 @@
-"""Studies against a real PostgreSQL: launched whole, steered, finished with their last trial, deleted."""
+"""Studies against a real PostgreSQL: launched whole, listed, steered, deleted."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ import pytest
 import sqlalchemy as sa
 
 from hpo.coordinator import Coordinator
-from hpo.errors import Conflict, Fault, Invalid, NotFound
+from hpo.errors import Conflict, Invalid, NotFound
 from hpo.protocol import Verdict
 from tests.integration.leases_harness import (
-    Ball,
     ask,
     claim,
     coordinator,
     must_claim,
     point,
-    release,
     report,
     study,
     tell,
@@ -168,123 +166,6 @@ def test_bad_questions_are_refused(engine: sa.Engine) -> None:
     for asked in ({"state": "open"}, {"limit": 0}, {"limit": 1001}, {"name": "a\x00"}):
         with pytest.raises(Invalid):
             desk.list_studies(**asked)  # type: ignore[arg-type]
-
-
-# Budgets
-
-
-def test_a_study_finishes_with_its_last_trial(engine: sa.Engine) -> None:
-    desk = coordinator(engine)
-    made = desk.create_study(study(budget={"trials": 2}))
-    first, second = must_claim(desk), must_claim(desk)
-    assert claim(desk) is None
-    tell(desk, first)
-    assert desk.get_study(made.study).state == "running", "a trial still runs"
-    tell(desk, second, None, "failed")
-    view = desk.get_study(made.study)
-    assert (view.state, view.reason, view.budget.trials_used) == ("finished", "all 2 trials are done", 2)
-    assert view.finished_at is not None
-
-
-def test_the_budget_counts_every_trial_ever_leased_but_the_cancelled(engine: sa.Engine) -> None:
-    desk = coordinator(engine)
-    made = desk.create_study(study(budget={"trials": 3}, points=[point(0.1), point(0.2)]))
-    desk.add_trial(made.study, {"params": point(0.9), "value": 0.4})  # recorded: does not count
-    desk.cancel_trial(made.study, 1)  # never leased: does not count
-    lease = must_claim(desk)
-    assert lease.trial == 0
-    desk.cancel_trial(made.study, 0)
-    assert report(desk, lease).verdict == Verdict.STOP
-    release(desk, lease, "stopped")  # leased and cancelled: does not count
-    assert desk.get_study(made.study).budget.trials_used == 0
-    again = must_claim(desk)
-    release(desk, again)
-    assert must_claim(desk).attempt == 2  # the same trial again counts once
-    must_claim(desk), must_claim(desk)
-    assert claim(desk) is None
-    assert desk.get_study(made.study).budget.trials_used == 3
-
-
-def test_a_begun_trial_is_finished_when_the_budget_is_spent(engine: sa.Engine) -> None:
-    desk = coordinator(engine)
-    made = desk.create_study(study(budget={"trials": 1}))
-    lease = must_claim(desk)
-    release(desk, lease)
-    assert desk.get_study(made.study).state == "running", "a trial between two attempts is open"
-    desk.add_trial(made.study, {"params": point(0.5)})
-    again = must_claim(desk)
-    assert (again.trial, again.attempt) == (0, 2)
-    assert claim(desk) is None
-    tell(desk, again)
-    view = desk.get_study(made.study)
-    assert (view.state, view.counts["queued"]) == ("finished", 1), "a point that was never begun waits for more budget"
-    desk.patch_study(made.study, {"budget": {"trials": 2}})
-    assert must_claim(desk).trial == 1
-
-
-def test_hours_stop_new_leases_and_running_trials_finish(engine: sa.Engine) -> None:
-    desk = coordinator(engine)
-    made = desk.create_study(study(budget={"hours": 1.0}))
-    first, second = must_claim(desk), must_claim(desk)
-    with engine.begin() as conn:
-        conn.execute(sa.text("UPDATE whetstone.attempts SET leased_at = leased_at - interval '31 minutes'"))
-    assert claim(desk) is None, "the running attempts count"
-    tell(desk, first)
-    assert desk.get_study(made.study).state == "running"
-    tell(desk, second)
-    view = desk.get_study(made.study)
-    assert (view.state, view.reason) == ("finished", "its budget of training time is used (1 h)")
-    assert view.budget.hours_used == pytest.approx(62 / 60, abs=0.01)
-
-
-@pytest.mark.parametrize(("direction", "far", "near"), [("maximize", 0.7, 0.8), ("minimize", 0.9, 0.8)])
-def test_a_target_reached_ends_the_study(engine: sa.Engine, direction: str, far: float, near: float) -> None:
-    desk = coordinator(engine)
-    document = study(budget={"target": 0.8}, direction=direction, workload="external", settings={})
-    made = desk.create_study(document)
-    running = ask(desk, made.study)
-    tell(desk, ask(desk, made.study), far)
-    tell(desk, ask(desk, made.study), 0.8, "infeasible")
-    tell(desk, ask(desk, made.study), near)
-    with pytest.raises(Conflict, match="target"):
-        ask(desk, made.study)
-    assert desk.get_study(made.study).state == "running"
-    tell(desk, running, far)
-    view = desk.get_study(made.study)
-    assert (view.state, view.reason) == ("finished", "trial 3 reached 0.8; the target was 0.8")
-
-
-def test_a_recorded_trial_may_reach_the_target(engine: sa.Engine) -> None:
-    desk = coordinator(engine)
-    made = desk.create_study(study(budget={"target": 0.8}))
-    desk.add_trial(made.study, {"params": point(0.5), "value": 0.9})
-    assert desk.get_study(made.study).state == "finished"
-
-
-def test_a_raised_budget_sets_a_finished_study_running(engine: sa.Engine) -> None:
-    desk = coordinator(engine)
-    made = desk.create_study(study(budget={"trials": 1}))
-    tell(desk, must_claim(desk))
-    with pytest.raises(Conflict, match="raise its budget"):
-        desk.patch_study(made.study, {"state": "running"})
-    view = desk.patch_study(made.study, {"budget": {"trials": 2}})
-    assert (view.state, view.reason, view.finished_at) == ("running", "", None)
-    assert view.spec["budget"]["trials"] == 2
-    tell(desk, must_claim(desk))
-    assert claim(desk) is None
-    assert desk.patch_study(made.study, {"budget": {"trials": None}}).state == "running"
-    assert claim(desk) is not None
-
-
-def test_a_lowered_budget_finishes_the_study_once_nothing_runs(engine: sa.Engine) -> None:
-    desk = coordinator(engine)
-    made = desk.create_study(study())
-    tell(desk, must_claim(desk))
-    lease = must_claim(desk)
-    assert desk.patch_study(made.study, {"budget": {"trials": 1}}).state == "running"
-    assert claim(desk) is None
-    tell(desk, lease)
-    assert desk.get_study(made.study).state == "finished"
 
 
 # Steering
@@ -453,35 +334,6 @@ def test_stats_count_what_is_there_and_what_was_called(engine: sa.Engine) -> Non
     assert all(0 < stats["calls"][call]["seconds"] < time.monotonic() - began for call in ("claim", "tell"))
 
 
-# Fixed parameters
-
-
-def test_parameters_are_fixed_and_released_while_a_study_runs(engine: sa.Engine) -> None:
-    desk = coordinator(engine)
-    made = desk.create_study(study(fixed={"x": 0.25}))
-    assert made.fixed == {"x": 0.25} == made.spec["fixed"]
-    changed = desk.patch_study(made.study, {"fixed": {"eta": {"fc": 0.01}}, "notes": "the last layer stays"})
-    assert changed.fixed == {"x": 0.25, "eta": {"fc": 0.01}}, "what a change does not name stays fixed"
-    released = desk.patch_study(made.study, {"fixed": {"x": None}})
-    assert (released.fixed, released.spec["fixed"]) == ({"eta": {"fc": 0.01}},) * 2
-    assert desk.export(made.study)["study"]["fixed"] == {"eta": {"fc": 0.01}}
-    assert desk.list_studies().items[0].fixed == {"eta": {"fc": 0.01}}
-    assert desk.patch_study(made.study, {"fixed": None}).fixed == {}
-
-
-def test_what_is_fixed_must_leave_a_point_that_can_be_trained(engine: sa.Engine) -> None:
-    desk = coordinator(engine, ball=Ball(limit=0.5))
-    made = desk.create_study(study(fixed={"eta": 0.01}))
-    with pytest.raises(Invalid) as partly:
-        desk.patch_study(made.study, {"fixed": {"eta": None, "x": 0.75}})
-    assert "x must be below 0.5" in partly.value.faults[0].fault
-    with pytest.raises(Invalid) as wholly:
-        desk.patch_study(made.study, {"fixed": {"x": 0.75}, "notes": "unchanged"})
-    assert wholly.value.faults[0] == Fault("fixed", "this point can never be trained: x must be below 0.5")
-    view = desk.get_study(made.study)
-    assert (view.fixed, view.notes) == ({"eta": {"conv": 0.01, "fc": 0.01}}, "")
-
-
 def test_the_sampler_that_auto_picked_is_shown(engine: sa.Engine) -> None:
     desk = coordinator(engine)
     made = desk.create_study(study())
@@ -494,36 +346,3 @@ def test_the_sampler_that_auto_picked_is_shown(engine: sa.Engine) -> None:
     picked = desk.get_study(made.study).picked
     assert picked is not None
     assert (picked.sampler, picked.why) == ("gp", "few dimensions")
-
-
-def test_what_is_fixed_counts_for_the_next_suggestion_and_no_earlier_one(engine: sa.Engine) -> None:
-    desk, other = coordinator(engine), coordinator(engine)
-    made = desk.create_study(study(points=[{"x": 0.9}]))
-    desk.patch_study(made.study, {"fixed": {"x": 0.25, "eta": {"fc": 0.01}}})
-    queued = must_claim(desk)
-    assert (queued.params["x"], queued.params["eta"]["fc"]) == (0.9, 0.01), "a queued point's own values win"  # type: ignore[index]
-    first, second = must_claim(desk), must_claim(other)
-    for lease in (first, second):
-        assert lease.params["x"] == 0.25
-        assert lease.params["eta"]["fc"] == 0.01  # type: ignore[index]
-    assert first.params["eta"] != second.params["eta"], "the sampler chooses the others"
-    other.patch_study(made.study, {"fixed": {"x": 0.75}})
-    assert must_claim(desk).params["x"] == 0.75, "in every process, at once"
-    desk.patch_study(made.study, {"fixed": None})
-    free = must_claim(other)
-    assert free.params["x"] != 0.75
-    assert desk.get_trial(made.study, first.trial).params["x"] == 0.25
-
-
-def test_a_group_is_fixed_by_one_of_its_labels(engine: sa.Engine) -> None:
-    desk = coordinator(engine)
-    tied = {"name": "eta", "type": "float", "low": 0.0, "high": 1.0, "labels": ["conv", "fc"], "tied": True}
-    made = desk.create_study(study(space=[tied, {"name": "x", "type": "float", "low": 0.0, "high": 1.0}]))
-    desk.patch_study(made.study, {"fixed": {"eta": {"fc": 0.5}}})
-    assert must_claim(desk).params["eta"] == {"conv": 0.5, "fc": 0.5}
-
-
-def test_with_everything_fixed_each_trial_measures_the_same_point(engine: sa.Engine) -> None:
-    desk = coordinator(engine)
-    desk.create_study(study(fixed=point(0.5)))
-    assert [must_claim(desk).params for _ in range(3)] == [point(0.5)] * 3
