@@ -7,6 +7,7 @@ and started anew goes on where it was. Every method is safe to call from any thr
 from __future__ import annotations
 
 import functools
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -109,7 +110,7 @@ class Coordinator:
         self._desk = Desk(engine, workloads, term_s=term_s, heartbeat_s=heartbeat_s, stall_s=stall_s)
         self.whetlab = Whetlab(self._desk)
         self._contact = expiry.Contact(term_s)
-        self._cleaned = 0.0
+        self._cleaned = -math.inf  # the monotonic clock of a machine that has just started is near zero
         self._calls: dict[str, tuple[int, float]] = {}
         self._calls_lock = threading.Lock()
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
+from types import SimpleNamespace
 
 import pytest
 import sqlalchemy as sa
@@ -95,7 +97,9 @@ def test_an_ask_twice_is_one_lease(engine: sa.Engine) -> None:
     assert desk.ask(made.study, AskRequest(worker="w"), ALICE, once("ask", key="k2")).trial == 1
 
 
-def test_keys_are_forgotten_after_a_day(engine: sa.Engine) -> None:
+def test_keys_are_forgotten_after_a_day(engine: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    booted = SimpleNamespace(monotonic=lambda: 7.0, perf_counter=time.perf_counter)  # the machine, just now
+    monkeypatch.setattr("hpo.coordinator.time", booted)
     desk = coordinator(engine)
     made = desk.create_study(study())
     desk.add_trial(made.study, {"params": point(0.5)}, once("add"))
