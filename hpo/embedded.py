@@ -92,12 +92,12 @@ class EmbeddedPostgres:
         try:
             self._identity = _identity(place)
             owner = place.prepare(self._identity)
-            end_orphan(place, self._timeout_s)
+            self._stopping.clear()
+            end_orphan(place, self._timeout_s, self._stopping)
             if not place.data.exists():
                 self._create(owner)
             elif not place.password.exists():
                 self._set_password(place.data)
-            self._stopping.clear()
             self._gave_up.clear()
             self._keeper = threading.Thread(target=self._keep, name="embedded-postgres", daemon=True)
             self._keeper.start()
@@ -161,7 +161,7 @@ class EmbeddedPostgres:
             if self._stopping.wait(min(0.1 * 2**quick_deaths, 5.0)):
                 return
             with contextlib.suppress(EmbeddedError):
-                end_orphan(self._place, self._timeout_s)
+                end_orphan(self._place, self._timeout_s, self._stopping)
         self._gave_up.set()
 
     def _spawn(self) -> subprocess.Popen[bytes]:

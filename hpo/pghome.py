@@ -17,7 +17,9 @@ import re
 import signal
 import stat
 import tempfile
+import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -172,6 +174,8 @@ class Postmaster:
     def __init__(self, lines: list[str]) -> None:
         self.pid = int(lines[0])
         self.socket_folder = Path(lines[4].strip()) if len(lines) > 4 else Path()
+        self.shared_memory = [int(part) for part in lines[6].split()] if len(lines) > 6 else []
+        """Key and id."""
         self.ready = len(lines) > 7 and lines[7].strip() == "ready"
 
 
@@ -182,28 +186,41 @@ def postmaster(data: Path) -> Postmaster | None:
         return None
 
 
-def end_orphan(place: Place, timeout_s: float) -> None:
-    """Wait for a server that an earlier process left behind; drop its pid file if the pid is somebody else's by now.
+def end_orphan(place: Place, timeout_s: float, stopping: threading.Event) -> None:
+    """Wait for a server that an earlier process left behind, and for what is left of a killed one, which may hang on a
+    slow disk; drop its pid file if the pid is somebody else's by now. Returns early once `stopping` is set.
 
     We hold the home's lock, so whatever runs on this data folder has lost its owner and is on its way down.
     """
     deadline = time.monotonic() + timeout_s
     asked = False
-    while (note := postmaster(place.data)) is not None:
-        if not _serves(note.pid, place.data):
+    while (note := postmaster(place.data)) is not None and not stopping.is_set():
+        late = time.monotonic() > deadline
+        serves = _serves(note.pid, place.data)
+        if not serves and (late or not _held(note.shared_memory)):
             # In a container pids come again soon, and PostgreSQL takes any living one for its rival.
             (place.data / "postmaster.pid").unlink(missing_ok=True)
             return
-        if not asked:
+        if serves and not asked:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(note.pid, signal.SIGINT)
             asked = True
-        if time.monotonic() > deadline:
+        if late:
             raise EmbeddedError(
                 f"an earlier PostgreSQL (pid {note.pid}) still holds {place.data}: stop it (kill -INT {note.pid}), "
                 "or set WHETSTONE_HOME to another folder"
             )
-        time.sleep(0.05)
+        stopping.wait(0.05)
+
+
+def _held(shared_memory: Sequence[int]) -> bool:
+    """Whether there are still processes with the memory of a killed postmaster: no other one starts beside them."""
+    try:
+        segments = [line.split() for line in Path("/proc/sysvipc/shm").read_text().splitlines()[1:]]
+    except OSError:
+        return False
+    wanted = [part & 0xFFFFFFFF for part in shared_memory]  # a key is signed here, and unsigned there
+    return any([int(part) & 0xFFFFFFFF for part in found[:2]] == wanted and int(found[6]) > 0 for found in segments)
 
 
 def _serves(pid: int, data: Path) -> bool:
