@@ -10,8 +10,12 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -44,10 +48,10 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def _template(postgres_server: str) -> Iterator[str]:
     """The name of a migrated, empty database that the others are copied from."""
-    from hpo import database, schema
+    from hpo import schema
 
     with _made(postgres_server) as name:
-        engine = database.connect(_named(postgres_server, name))
+        engine = connect(_named(postgres_server, name))
         schema.upgrade(engine)
         engine.dispose()
         yield name
@@ -68,13 +72,18 @@ def empty_url(postgres_server: str) -> Iterator[str]:
 
 
 @pytest.fixture
-def engine(postgres_url: str) -> Iterator[object]:
+def engine(postgres_url: str) -> Iterator[Engine]:
     """An engine on a fresh, migrated database of this test's own."""
-    from hpo import database
-
-    made = database.connect(postgres_url)
+    made = connect(postgres_url)
     yield made
     made.dispose()
+
+
+def connect(url: str) -> Engine:
+    """An engine that waits for a server that is slow to answer: these tests' machine may be busy."""
+    from hpo import database
+
+    return database.connect(url, connect_timeout_s=60)
 
 
 class _made:
@@ -96,9 +105,7 @@ class _made:
     def _run(self, statement: str) -> None:
         import sqlalchemy as sa
 
-        from hpo import database
-
-        engine = database.connect(self.server)
+        engine = connect(self.server)
         try:
             with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
                 connection.execute(sa.text(statement))

@@ -79,19 +79,26 @@ def served(app: FastAPI) -> Iterator[tuple[str, uvicorn.Server]]:
     """A real uvicorn in a thread, its address, and (once the block is left) its orderly end."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=10, lifespan="on", http=http_protocol())
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            timeout_graceful_shutdown=30,
+            timeout_keep_alive=60,  # as `serve` has it: longer than any client here rests
+            lifespan="on",
+            http=http_protocol(),
+        )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
-        until = time.monotonic() + 30
+        until = time.monotonic() + 120
         while not server.started:
             assert thread.is_alive(), "the server did not start"
-            assert time.monotonic() < until, "the server did not start within 30 s"
+            assert time.monotonic() < until, "the server did not start within 120 s"
             time.sleep(0.02)
         try:
             yield "http://{}:{}".format(*listener.getsockname()), server
         finally:
             app.state.waiting.close()
             server.should_exit = True
-            thread.join(20)
+            thread.join(60)
             assert not thread.is_alive(), "the server did not end"

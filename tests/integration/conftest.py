@@ -13,9 +13,7 @@ from tests import conftest as root
 @pytest.fixture(scope="module")
 def module_engine(postgres_server: str, _template: str) -> Iterator[Engine]:
     """An engine on a fresh, migrated database that the tests of one module share."""
-    from hpo import database
-
     with root._made(postgres_server, _template) as name:
-        made = database.connect(root._named(postgres_server, name))
+        made = root.connect(root._named(postgres_server, name))
         yield made
         made.dispose()

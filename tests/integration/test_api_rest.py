@@ -327,7 +327,8 @@ def test_a_database_that_goes_away_is_a_503_with_a_time_to_come_back(client: Tes
     def allow(connections: bool) -> None:
         with server.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             connection.execute(sa.text(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS {connections}'))
-            cut = sa.text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :name")
+            # The second argument waits until they are really gone.
+            cut = sa.text("SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity WHERE datname = :name")
             connection.execute(cut, {"name": name})
 
     allow(False)

@@ -57,7 +57,7 @@ def cut(engine: Engine, connection: Connection) -> None:
     pid = connection.execute(sa.text("SELECT pg_backend_pid()")).scalar_one()
     with engine.connect() as other:
         # The second argument waits until it is really gone.
-        other.execute(sa.text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": pid})
+        other.execute(sa.text("SELECT pg_terminate_backend(:pid, 60000)"), {"pid": pid})
 
 
 # The schema
@@ -278,7 +278,7 @@ def test_deadlocked_work_is_done_again(counter: Engine) -> None:
             tries[first - 1] += 1
             bump(connection, first)
             if tries[first - 1] == 1:
-                both_hold_one.wait(10)
+                both_hold_one.wait(60)
             bump(connection, second)
 
         try:
@@ -348,7 +348,7 @@ def test_a_pooled_connection_that_died_meanwhile_is_replaced_unseen(engine: Engi
         pid = connection.execute(sa.text("SELECT pg_backend_pid()")).scalar_one()
     killer = database.connect(engine.url.render_as_string(hide_password=False))
     with killer.connect() as other:
-        assert other.execute(sa.text("SELECT pg_terminate_backend(:pid, 5000)"), {"pid": pid}).scalar()
+        assert other.execute(sa.text("SELECT pg_terminate_backend(:pid, 60000)"), {"pid": pid}).scalar()
     killer.dispose()
     with transaction(engine) as connection:
         assert connection.execute(sa.text("SELECT pg_backend_pid()")).scalar_one() != pid

@@ -9,6 +9,7 @@ import optuna
 import pytest
 import sqlalchemy as sa
 
+from hpo import expiry
 from hpo.coordinator import Coordinator
 from hpo.errors import DatabaseUnavailable, LeaseLost
 from hpo.expiry import Contact, Reaper
@@ -24,7 +25,8 @@ from tests.integration.leases_harness import (
     together,
 )
 
-TERM = 0.6
+TERM = 30.0
+"""Longer than any test takes: what is to be over is put back in time."""
 
 
 def overdue(engine: sa.Engine) -> None:
@@ -33,21 +35,28 @@ def overdue(engine: sa.Engine) -> None:
         conn.execute(sa.text("UPDATE whetstone.attempts SET expires_at = clock_timestamp() WHERE state = 'leased'"))
 
 
+def later(desk: Coordinator, seconds: float) -> None:
+    """As if so many seconds had passed since the last contact with PostgreSQL, by both clocks."""
+    assert desk._contact._last is not None
+    ours, theirs = desk._contact._last
+    desk._contact._last = ours - seconds, theirs - timedelta(seconds=seconds)
+
+
 def in_touch(desk: Coordinator) -> None:
-    """Be in contact with PostgreSQL for a whole term."""
-    until = time.monotonic() + desk.term_s * 1.2
-    while time.monotonic() < until:
+    """Have been in contact with PostgreSQL for more than a term, every third of it."""
+    desk.expire()
+    for _ in range(4):
+        later(desk, desk.term_s / 3)
         desk.expire()
-        time.sleep(desk.term_s / 6)
 
 
 def test_a_silent_workers_trial_goes_on_elsewhere(engine: sa.Engine) -> None:
-    desk = coordinator(engine, term_s=TERM)
+    desk = coordinator(engine, term_s=1.0)
     made = desk.create_study(study())
     first = must_claim(desk, "dies")
     report(desk, first, {0: 0.2, 1: 0.3}, checkpoint_epoch=1)
-    with Reaper(desk, TERM / 4):
-        deadline = time.monotonic() + 20
+    with Reaper(desk, 0.25):
+        deadline = time.monotonic() + 120
         while desk.get_trial(made.study, 0).state == "leased":
             assert time.monotonic() < deadline, "the lease never expired"
             time.sleep(0.05)
@@ -67,12 +76,12 @@ def test_a_silent_workers_trial_goes_on_elsewhere(engine: sa.Engine) -> None:
 
 
 def test_a_worker_that_reports_keeps_its_lease(engine: sa.Engine) -> None:
-    desk = coordinator(engine, term_s=1.0)
+    desk = coordinator(engine, term_s=3.0)
     desk.create_study(study())
     lease = must_claim(desk)
-    with Reaper(desk, 0.2):
-        for _ in range(15):
-            time.sleep(0.2)
+    with Reaper(desk, 0.5):
+        for _ in range(20):
+            time.sleep(0.3)
             assert report(desk, lease).verdict == Verdict.GO_ON
     assert tell(desk, lease).state == "complete"
 
@@ -80,8 +89,7 @@ def test_a_worker_that_reports_keeps_its_lease(engine: sa.Engine) -> None:
 def test_a_late_report_renews_a_lease_that_nobody_has_taken(engine: sa.Engine) -> None:
     desk = coordinator(engine, term_s=TERM)
     desk.create_study(study())
-    lease = must_claim(desk)
-    in_touch(desk)  # the contact stands, and the last report is older than a term
+    in_touch(desk)
     lease = must_claim(desk)
     overdue(engine)
     assert report(desk, lease).verdict == Verdict.GO_ON
@@ -96,7 +104,7 @@ def test_a_coordinator_just_started_expires_nothing_for_a_term(engine: sa.Engine
     overdue(engine)
     after = coordinator(engine, term_s=TERM)
     assert after.expire() == 0
-    time.sleep(TERM / 3)
+    later(after, TERM / 3)
     assert after.expire() == 0
     assert desk.get_trial(made.study, 0).state == "leased"
     in_touch(after)
@@ -109,7 +117,7 @@ def test_a_gap_in_the_contact_grants_every_worker_a_term(engine: sa.Engine) -> N
     in_touch(desk)
     must_claim(desk)
     overdue(engine)
-    time.sleep(TERM)  # as if frozen
+    later(desk, TERM)  # as if frozen
     assert desk.expire() == 0
     assert desk.get_trial(made.study, 0).state == "leased"
     in_touch(desk)
@@ -137,18 +145,21 @@ def test_an_outage_of_the_database_grants_every_worker_a_term(engine: sa.Engine)
     assert desk.get_trial(made.study, 0).state == "leased"
 
 
-def test_contact_counts_the_shorter_of_two_clocks_and_breaks_at_a_jump() -> None:
-    contact = Contact(0.3)
-    now = datetime.now(UTC)
-    assert not contact.made(now)
-    time.sleep(0.1)
-    assert not contact.made(now + timedelta(hours=1)), "PostgreSQL's clock jumped: no contact for an hour"
-    time.sleep(0.1)
-    assert not contact.made(now), "and back"
-    for tick in range(1, 4):
-        time.sleep(0.11)
-        whole = contact.made(now + timedelta(seconds=0.11 * tick))
-    assert whole
+def test_contact_counts_the_shorter_of_two_clocks_and_breaks_at_a_jump(monkeypatch: pytest.MonkeyPatch) -> None:
+    contact, now = Contact(30.0), datetime.now(UTC)
+
+    def made(ours: float, theirs: float) -> bool:
+        """A contact at so many seconds of either clock."""
+        monkeypatch.setattr(expiry, "_uptime_s", lambda: ours)
+        return contact.made(now + timedelta(seconds=theirs))
+
+    assert not made(0, 0)
+    assert not made(10, 3600), "PostgreSQL's clock jumped: no contact for an hour"
+    assert not made(20, 0), "and back"
+    assert not made(28, 12)
+    assert not made(40, 20)
+    assert not made(51, 31), "31 s have passed by either, but by both no more than 8, 8 and 11"
+    assert made(56, 36)
 
 
 def test_after_so_many_deaths_the_trial_is_failed_with_its_reason(engine: sa.Engine) -> None:
@@ -188,7 +199,8 @@ def test_trials_that_stock_optuna_runs_never_expire(engine: sa.Engine) -> None:
     url = engine.url.render_as_string(hide_password=False)
     outside = optuna.load_study(study_name="s", storage=optuna.storages.RDBStorage(url))
     trial = outside.ask()
-    in_touch(desk)
+    with engine.begin() as conn:
+        conn.execute(sa.text("UPDATE public.trials SET datetime_start = datetime_start - interval '2 days'"))
     in_touch(desk)
     assert desk.get_trial(made.study, 0).state == "leased"
     outside.tell(trial, 0.5)

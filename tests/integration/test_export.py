@@ -93,7 +93,7 @@ def test_a_report_in_the_middle_of_an_export_does_not_tear_it(
 
         thread = threading.Thread(target=finish)
         thread.start()
-        thread.join(30)
+        thread.join(60)
         return real(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(export.trials, "views", slow)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import sqlalchemy as sa
@@ -44,15 +45,22 @@ def stored(engine: sa.Engine) -> list[object]:
         ]
 
 
-@pytest.fixture(scope="module")
-def client(module_engine: sa.Engine) -> Iterator[TestClient]:
+@contextmanager
+def too_old(engine: sa.Engine) -> Iterator[TestClient]:
     """A client of a server to which study 1, with a lease, was readable once."""
-    with TestClient(make_app(module_engine), headers=bearer("admin")) as made:
+    with TestClient(make_app(engine), headers=bearer("admin")) as made:
         assert made.post("/api/v1/studies", json=BRANIN).json()["study"] == 1
         lease = made.post("/api/v1/claims", json={"worker": "w"}).json()
         assert (lease["lease"], lease["token"]) == (1, 1)
-        with module_engine.begin() as conn:
+        with engine.begin() as conn:
             conn.execute(sa.text("UPDATE whetstone.studies SET format = :new"), {"new": HISTORY_FORMAT + 1})
+        yield made
+
+
+@pytest.fixture(scope="module")
+def client(module_engine: sa.Engine) -> Iterator[TestClient]:
+    """Such a client for the tests that change nothing."""
+    with too_old(module_engine) as made:
         yield made
 
 
@@ -75,13 +83,14 @@ def test_a_study_of_a_newer_format_is_passed_over_by_claims(client: TestClient, 
     assert stored(module_engine) == before
 
 
-def test_lists_show_a_study_of_a_newer_format_with_what_to_do(client: TestClient, module_engine: sa.Engine) -> None:
-    with module_engine.begin() as conn:  # its document may be of a shape that is not known here
-        conn.execute(sa.text('UPDATE whetstone.studies SET spec = \'{"sampler": ["swarm"]}\''))
-    made = client.post("/api/v1/studies", json=BRANIN | {"name": "readable"}).json()["study"]
-    items = client.get("/api/v1/studies").json()["items"]
+def test_lists_show_a_study_of_a_newer_format_with_what_to_do(engine: sa.Engine) -> None:
+    with too_old(engine) as client:
+        with engine.begin() as conn:  # its document may be of a shape that is not known here
+            conn.execute(sa.text('UPDATE whetstone.studies SET spec = \'{"sampler": ["swarm"]}\''))
+        made = client.post("/api/v1/studies", json=BRANIN | {"name": "readable"}).json()["study"]
+        items = client.get("/api/v1/studies").json()["items"]
+        page = client.get("/", headers={"Accept": "text/html"})
     assert [(item["study"], bool(item["unreadable"])) for item in items] == [(made, False), (1, True)]
     assert "upgrade" in items[1]["unreadable"]
-    page = client.get("/", headers={"Accept": "text/html"})
     assert page.status_code == 200
     assert "upgrade Whetstone" in page.text

@@ -197,9 +197,9 @@ def test_a_lost_database_is_said_in_words(engine: sa.Engine, tmp_path: Path) -> 
         with sa.create_engine(url.set(database="postgres")).connect() as raw:
             at = raw.execution_options(isolation_level="AUTOCOMMIT")
             at.execute(sa.text(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS false'))
-            at.execute(
-                sa.text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :n"), {"n": name}
-            )
+            # The second argument waits until they are really gone.
+            cut = sa.text("SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity WHERE datname = :n")
+            at.execute(cut, {"n": name})
             away = client.get("/")
             at.execute(sa.text(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS true'))
         assert away.status_code == 503
