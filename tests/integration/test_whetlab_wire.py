@@ -180,6 +180,22 @@ def test_a_method_in_small_letters_is_understood_behind_a_body_that_came_late(en
             assert answered(heard) == first
 
 
+def test_what_follows_a_request_for_another_protocol_is_not_taken_for_one(engine: Engine) -> None:
+    """A body behind it is no request, in small letters neither; the next piece is one again."""
+    with served(make_app(engine)) as (address, _):
+        host, port = urlsplit(address).hostname, urlsplit(address).port
+        plain = f"get /healthz HTTP/1.1\r\nhost: {host}\r\n\r\n".encode()
+        body = b"get /nowhere HTTP/1.1\r\n\r\n"
+        asking = plain[:-2] + f"connection: upgrade\r\nupgrade: other\r\ncontent-length: {len(body)}\r\n\r\n".encode()
+        with socket.create_connection((host, port), timeout=30) as wire:
+            for sent in (asking + body, plain):
+                wire.sendall(sent)
+                answer = http.client.HTTPResponse(wire)
+                answer.begin()
+                assert answer.status == 200
+                answer.read()
+
+
 def test_pages_name_their_neighbours_and_end_with_404(client: TestClient) -> None:
     script = Script(client, "paged")
     results = [script.add({"x": float(n), "n": n}, n) for n in range(5)]
