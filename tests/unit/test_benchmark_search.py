@@ -217,12 +217,12 @@ def test_a_run_writes_its_figures_with_their_goals_and_a_second_one_makes_no_sea
         "--only",
         "trials_to_random_100",
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=850, check=True)
     assert "trials_to_random_100" in done.stdout
     document = json.loads(file.read_text())
     assert [(each["name"], each["goal"]) for each in document["figures"]] == [("trials_to_random_100", "<= 35")]
     assert document["quick"] is True
     assert document["details"]["picks"]["trainings 0"]["tpe"] == 12
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=True)
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=850, check=True)
     assert "searches to make" in done.stderr
     assert "searches to make" not in again.stderr
