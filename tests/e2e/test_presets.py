@@ -28,7 +28,7 @@ def test_one_trial_of_the_papers_sweep_runs_through_api_and_worker(running: Serv
         assert made["sampler"] == "gp"
         worker = running.start_worker("paper", WHETSTONE_DATA=os.environ.get("WHETSTONE_DATA", ""))
         path = f"/api/v1/studies/{made['study']}"
-        running.until(lambda: client.get(path)["state"] == "finished", 240, "the trial did not finish")
+        running.until(lambda: client.get(path)["state"] == "finished", "the trial did not finish")
         trial = client.get(f"{path}/trials/0")
     labels = ["conv1", "conv2", "conv3", "conv4", "fc", "output"]
     for vector in presets.load_all()[name]["space"]:

@@ -51,12 +51,12 @@ def outage(folder: Path, seconds: float, *, term_s: float = 2.0, settings: dict[
                 trained = client.post("/api/v1/studies", json=document)["study"]
             workers = [running.start_worker("w1")]
             # They begin once the worker does, so that both studies are under way when the server goes.
-            running.until(lambda: begun(running, trained), 90, "the worker has not begun")
+            running.until(lambda: begun(running, trained), "the worker has not begun")
             with evaluating(books, [running.url], ADMIN, asked, 4, work_s=0.3):
-                running.until(lambda: len(books.told) >= 5, 60, "the clients have not begun")
+                running.until(lambda: len(books.told) >= 5, "the clients have not begun")
                 stop_at_once(postgres, seconds)
-                running.until(lambda: over(running, trained), 120, "the worker's study did not finish")
-            running.until(lambda: over(running, asked), 60, "the clients' study did not finish")
+                running.until(lambda: over(running, trained), "the worker's study did not finish")
+            running.until(lambda: over(running, asked), "the clients' study did not finish")
             assert [worker.poll() for worker in workers] == [None] * len(workers), (
                 f"a worker ended: {running.log('w1')}"
             )

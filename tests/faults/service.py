@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from hpo.rest import ApiError, Client, ServerUnreachable
+from tests.ports import free_port
 
 ADMIN, WORKER = "wst_admin_of_the_fault_tests", "wst_worker_of_the_fault_tests"
+PATIENCE_S = 600.0
+"""For what has to come true on any machine, however slow and busy it is."""
 
 TINY_SETTINGS: dict[str, Any] = {
     "net": {
@@ -114,12 +116,12 @@ class Service:
     def start_api(self) -> None:
         self.api = self.start("serve", "--port", str(self.port), log="api")
         with Client(self.url, ADMIN, patience_s=0.0) as client:
-            self.until(lambda: answers(client), 150, "the API does not answer")
+            self.until(lambda: answers(client), "the API does not answer")
 
     def kill_api(self) -> None:
         assert self.api is not None
         self.api.kill()
-        self.api.wait(10)
+        self.api.wait(60)
 
     def start_worker(self, name: str, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
         given = ("--url", self.url, "--device", "cpu", "--name", name, "--threads", "1", *arguments)
@@ -129,30 +131,32 @@ class Service:
         path = self.home / f"{name}.log"
         return path.read_text(errors="replace") if path.exists() else ""
 
-    def until(self, condition: Callable[[], Any], timeout_s: float, what: str) -> Any:
+    def until(self, condition: Callable[[], Any], what: str) -> Any:
         """Wait for something that has to come true; fails with the processes' last words."""
-        end = time.monotonic() + timeout_s
+        end = time.monotonic() + PATIENCE_S
         while not (found := condition()):
             if time.monotonic() > end or (self.api is not None and self.api.poll() not in (None, -signal.SIGKILL)):
                 logs = "\n".join(
                     f"--- {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in self.home.glob("*.log")
                 )
-                raise AssertionError(f"{what} within {timeout_s:g} s\n{logs}")
+                raise AssertionError(f"{what} within {PATIENCE_S:g} s\n{logs}")
             time.sleep(0.02)
         return found
 
     def stop(self) -> None:
-        for process in self.processes:
-            if process.poll() is None:
-                with contextlib.suppress(ProcessLookupError):
-                    process.send_signal(signal.SIGTERM)
-        end = time.monotonic() + 12
-        for process in self.processes:
-            try:
-                process.wait(max(0.1, end - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        """End the workers, who hand their trials back, and then the API."""
+        for processes in ([each for each in self.processes if each is not self.api], self.processes):
+            for process in processes:
+                if process.poll() is None:
+                    with contextlib.suppress(ProcessLookupError):
+                        process.send_signal(signal.SIGTERM)
+            end = time.monotonic() + 12
+            for process in processes:
+                try:
+                    process.wait(max(0.1, end - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
 
 
 def answers(client: Client) -> bool:
@@ -164,13 +168,10 @@ def answers(client: Client) -> bool:
 
 
 @contextmanager
-def service(home: Path, database_url: str, *, term_s: float = 2.0, stall_s: float = 600.0) -> Iterator[Service]:
+def service(home: Path, database_url: str, *, term_s: float = 30.0, stall_s: float = 600.0) -> Iterator[Service]:
     """A service whose API runs; everything it started has ended when the block is left."""
     home.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    made = Service(home, database_url, port, term_s, stall_s)
+    made = Service(home, database_url, free_port(), term_s, stall_s)
     try:
         made.start_api()
         yield made

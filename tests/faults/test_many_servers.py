@@ -28,7 +28,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory, postgres_server: str, _tem
     with _made(postgres_server, _template) as name, ExitStack() as stack:
         url = _named(postgres_server, name)
         yield [
-            stack.enter_context(service(tmp_path_factory.mktemp(f"home{number}"), url, term_s=10.0))
+            stack.enter_context(service(tmp_path_factory.mktemp(f"home{number}"), url, term_s=60.0))
             for number in range(SERVERS)
         ]
 
@@ -106,7 +106,7 @@ def test_a_study_paused_at_one_server_is_paused_at_all(servers: list[Service]) -
             steer = [stack.enter_context(server.client()) for server in servers]
             for turn in range(6):
                 before = len(books.leases)
-                servers[0].until(lambda before=before: len(books.leases) > before + 3, 60, "nothing is leased")
+                servers[0].until(lambda before=before: len(books.leases) > before + 3, "nothing is leased")
                 steer[turn % SERVERS].patch(f"/api/v1/studies/{number}", json={"state": "paused"})
                 paused = time.monotonic()
                 time.sleep(0.15)

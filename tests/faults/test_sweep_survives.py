@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 from tests.faults.service import Service, service, study
 
 TRIALS, EPOCHS = 24, 8
+TERM_S = 6.0
 
 
 def victim(running: Service, number: int, worker: str) -> dict[str, Any] | None:
@@ -24,9 +28,20 @@ def victim(running: Service, number: int, worker: str) -> dict[str, Any] | None:
     return None
 
 
+def caught(running: Service, number: int, name: str, worker: subprocess.Popen[bytes]) -> dict[str, Any] | None:
+    """The same with its worker stopped there: it cannot be at its tell, which follows the answer to its last report."""
+    if victim(running, number, name) is None:
+        return None
+    worker.send_signal(signal.SIGSTOP)
+    hit = victim(running, number, name)
+    if hit is None:
+        worker.send_signal(signal.SIGCONT)
+    return hit
+
+
 @pytest.mark.slow
 def test_a_sweep_survives_the_death_of_a_worker_and_of_the_api(tmp_path: Path, postgres_url: str) -> None:
-    with service(tmp_path / "home", postgres_url, term_s=2.0) as running:
+    with service(tmp_path / "home", postgres_url, term_s=TERM_S) as running:
         with running.client() as client:
             number = client.post(
                 "/api/v1/studies",
@@ -39,14 +54,15 @@ def test_a_sweep_survives_the_death_of_a_worker_and_of_the_api(tmp_path: Path, p
             return int(counts["complete"] + counts["infeasible"])
 
         first, _ = running.start_worker("first"), running.start_worker("second")
-        hit = running.until(lambda: victim(running, number, "first"), 60, "the first worker is not mid-trial")
+        hit = running.until(lambda: caught(running, number, "first", first), "the first worker is not mid-trial")
         first.kill()
-        first.wait(10)
+        first.wait(60)
         running.start_worker("third")
-        running.until(lambda: finished() >= 8, 90, "8 trials did not finish")
+        running.until(lambda: finished() >= 8, "8 trials did not finish")
         running.kill_api()
+        time.sleep(TERM_S)
         running.start_api()
-        running.until(lambda: finished() >= TRIALS, 120, f"{TRIALS} trials did not finish")
+        running.until(lambda: finished() >= TRIALS, f"{TRIALS} trials did not finish")
 
         with running.client() as client:
             end = client.get(f"/api/v1/studies/{number}")
