@@ -46,21 +46,21 @@ def wait_for_log(log: Path, text: str, seconds: float) -> None:
 def test_ctrl_c_stops_everything_and_a_second_run_ends_the_same_study(tmp_path: Path) -> None:
     first = start(tmp_path)
     try:
-        wait_for_log(tmp_path / ".whetstone/logs/worker-1.log", "begins", 120)
+        wait_for_log(tmp_path / ".whetstone/logs/worker-1.log", "begins", 600)
         parts = parts_of(first)
         assert len(parts) >= 4  # the server, its PostgreSQL, two workers
         first.send_signal(signal.SIGINT)
-        said, _ = first.communicate(timeout=40)
+        said, _ = first.communicate(timeout=240)
     finally:
         first.kill()
     assert first.returncode == 130, said
     assert "Traceback" not in said
     assert "go on with this study" in said
-    _, alive = psutil.wait_procs(parts, timeout=5)
+    _, alive = psutil.wait_procs(parts, timeout=60)
     assert alive == [], "the demo left processes behind"
 
     second = start(tmp_path, "--json", "result.json")
-    said, _ = second.communicate(timeout=280)
+    said, _ = second.communicate(timeout=800)
     assert second.returncode == 0, said
     assert "from an earlier run" in said
     for line in ("untrained network", "pixel 1-nearest neighbour", "chance", "whetstone evaluate"):
