@@ -185,6 +185,7 @@ def _serve(
         timeout_keep_alive=KEEP_ALIVE_S,
         lifespan="on",
         http=http_protocol(),
+        ws="none",
     )
     server = Server(config)
     gc.freeze()

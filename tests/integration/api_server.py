@@ -86,6 +86,7 @@ def served(app: FastAPI) -> Iterator[tuple[str, uvicorn.Server]]:
             timeout_keep_alive=60,  # as `serve` has it: longer than any client here rests
             lifespan="on",
             http=http_protocol(),
+            ws="none",
         )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
