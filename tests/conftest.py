@@ -7,6 +7,7 @@ create databases). It starts with the first test that asks for it.
 from __future__ import annotations
 
 import os
+import signal
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +20,14 @@ if TYPE_CHECKING:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One computing thread a test process: the suite runs in several. Hypothesis draws the same each time, in any."""
+    """One computing thread a test process: the suite runs in several. Hypothesis draws the same each time, in any.
+
+    A shell's background jobs ignore Ctrl-C, and so would the commands that are tested: here they hear it.
+    """
     from hypothesis import HealthCheck, settings
 
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
     settings.register_profile(
