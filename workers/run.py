@@ -30,6 +30,8 @@ from workers.unsent import Unsent
 
 log = logging.getLogger("whetstone.worker")
 
+GIVE_BACK_S = 1.0
+"""How long we wait for the answer to a claim that was under way when we were asked to stop."""
 AWAY_S = 30.0
 """After an outage this long the coordinator may have given our device away: ask for it again."""
 
@@ -212,7 +214,7 @@ class Worker:
         """We left while a claim was under way: if it was answered with a lease, the same key shows it. Release it."""
         try:
             with self._connect() as client:
-                body = client.once("POST", "/api/v1/claims", json=request, key=key, timeout_s=1.0)
+                body = client.once("POST", "/api/v1/claims", json=request, key=key, timeout_s=GIVE_BACK_S)
         except (ServerUnreachable, ApiError):
             self._known = False  # it does not answer: no leave is taken of it either
             return

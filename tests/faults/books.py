@@ -73,7 +73,7 @@ def patiently(client: Client, path: str, body: Any, *, key: str | None = None, p
 def evaluate(books: Books, url: str, token: str, study: int, worker: str, *, work_s: float, epochs: int = 2) -> None:
     """Ask for trials of a study and tell each, until it has none to give for good."""
     try:
-        with Client(url, token) as client:
+        with Client(url, token, patience_s=120.0) as client:
             while True:
                 try:
                     lease = patiently(client, f"/api/v1/studies/{study}/ask", {"worker": worker}, key=new_key())

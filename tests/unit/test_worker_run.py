@@ -20,15 +20,18 @@ from workers.device import DeviceUnusable, candidates, cpu, cuda_devices, probe
 from workers.run import default_name
 from workers.stop import Stop, Stopped
 
-START = "import sys; from cli.main import main; main()"
+START = "from cli.main import main; main()"
+PATIENT = f"import workers.run; workers.run.GIVE_BACK_S = 60.0; {START}"
 
 
 @contextmanager
-def worker(server: Server, home: Path, *arguments: str, url: str | None = None) -> Iterator[subprocess.Popen[str]]:
+def worker(
+    server: Server, home: Path, *arguments: str, url: str | None = None, start: str = START
+) -> Iterator[subprocess.Popen[str]]:
     """A real `whetstone worker` of this server; gone when the block is left."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("WHETSTONE_")}
     process = subprocess.Popen(
-        [sys.executable, "-c", START, "worker", "--device", "cpu", "--threads", "1", *arguments],
+        [sys.executable, "-c", start, "worker", "--device", "cpu", "--threads", "1", *arguments],
         env=kept | {"WHETSTONE_HOME": str(home), "WHETSTONE_URL": url or server.url, "WHETSTONE_TOKEN": "wst_secret_1"},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -91,7 +94,7 @@ def test_a_lease_that_arrives_as_it_is_asked_to_stop_is_handed_back(tmp_path: Pa
             return 200, a_lease().model_dump(mode="json")
         return 200, {"study": 1, "trial": 3, "state": "queued", "value": None}
 
-    with serving(answer) as server, worker(server, tmp_path) as process:
+    with serving(answer) as server, worker(server, tmp_path, start=PATIENT) as process:
         code, _ = ended(process, 60)
     assert code == 0
     first, again = server.what("claims")
